@@ -1,0 +1,82 @@
+"""The `clip-models` command."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clip_models.errors import ModelError
+
+
+class _Group(click.Group):
+    """Expected failures become one line and exit 1; bugs keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ModelError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="clip-models")
+def main() -> None:
+    """Make and inspect CLIP model directories."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+
+@main.command("list")
+def list_() -> None:
+    """List the named architectures, one JSON line each."""
+    from clip_models.profile import profile
+    from clip_models.architectures import architecture, architecture_names
+
+    for name in architecture_names():
+        click.echo(json.dumps({"name": name, **profile(architecture(name))}))
+
+
+@main.command()
+@click.argument("architecture_name", metavar="ARCHITECTURE")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
+def init(architecture_name: str, output: Path, seed: int) -> None:
+    """Write a model directory OUTPUT with random weights.
+
+    ARCHITECTURE is a name from `clip-models list` or a JSON file with open_clip's model_cfg.
+    """
+    from clip_models.architectures import architecture
+    from clip_models.inspect import init_model
+
+    summary = init_model(architecture(architecture_name), output, seed)
+    click.echo(json.dumps(summary))
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def show(model: Path, as_json: bool) -> None:
+    """Show what a model directory holds: towers, size, provenance, heads."""
+    from clip_models.inspect import describe_model, format_description
+
+    description = describe_model(model)
+    click.echo(json.dumps(description) if as_json else format_description(description))
+
+
+@main.command("build-head")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("name")
+@click.option("--dataset", type=click.Path(path_type=Path), help="Take both from this data set.")
+@click.option("--classnames", type=click.Path(path_type=Path), help="Class names, one a line.")
+@click.option("--templates", type=click.Path(path_type=Path), help="Prompts with {c}, one a line.")
+def build_head(
+    model: Path, name: str, dataset: Path | None, classnames: Path | None, templates: Path | None
+) -> None:
+    """Build a zero-shot head from text and add it to MODEL as heads/NAME.safetensors."""
+    classnames, templates = classnames or dataset, templates or dataset
+    if classnames is None or templates is None:
+        raise click.UsageError("give --dataset, or --classnames and --templates")
+    from clip_models.inspect import add_zero_shot_head
+
+    click.echo(json.dumps(add_zero_shot_head(model, name, classnames, templates)))

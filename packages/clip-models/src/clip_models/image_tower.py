@@ -1,0 +1,146 @@
+"""Image towers: the native vision transformer, and any timm model.
+
+Both have `features(images)`, the pooled features before the projection, and `forward(images)`,
+the embedding.
+"""
+
+# B batch, C channels, N patches + 1, W width of the tower, E embedding
+
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+
+from clip_models.config import VisionConfig
+from clip_models.errors import ModelError
+from clip_models.transformer import Layout, LayerNorm, Transformer
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's ViT (Dosovitskiy et al. 2020, with a norm before the first block).
+
+    Attributes:
+        fast: compute the last block for the pooled token only; off in tests that compare.
+    """
+
+    def __init__(self, config: VisionConfig, embed_dim: int, quick_gelu: bool) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.fast = True
+        patches = (config.image_size // config.patch_size) ** 2
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(
+            width, config.layers, width // config.head_width, config.mlp_ratio, quick_gelu
+        )
+        self.ln_post = LayerNorm(width)
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """[B, 3, S, S], normalised -> [B, W], pooled and normed."""
+        size = self.config.image_size
+        if images_BCHW.shape[1:] != (3, size, size):
+            raise ModelError(
+                f"images of shape {tuple(images_BCHW.shape)}; this tower takes [B, 3, {size}, {size}]"
+            )
+        x_BNW = self.conv1(images_BCHW).flatten(2).transpose(1, 2)
+        batch = x_BNW.shape[0]
+        class_token = self.class_embedding.to(x_BNW.dtype).expand(batch, 1, -1)
+        x_BNW = torch.cat([class_token, x_BNW], dim=1)
+        x_BNW = self._drop_patches(x_BNW + self.positional_embedding.to(x_BNW.dtype))
+        length = x_BNW.shape[1]
+        layout = Layout(
+            groups=[(batch, length)],
+            causal=False,
+            pooled_S=torch.arange(0, batch * length, length, device=x_BNW.device),
+        )
+        x_TW = self.ln_pre(x_BNW).flatten(0, 1)
+        if self.config.pool_type == "avg":
+            x_BNW = self.ln_post(self.transformer(x_TW, layout)).view(batch, length, -1)
+            return x_BNW[:, 1:].mean(dim=1)
+        if self.fast:
+            return self.ln_post(self.transformer.pooled(x_TW, layout))
+        return self.ln_post(self.transformer(x_TW, layout)[layout.pooled_S])
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """[B, 3, S, S], normalised -> [B, E]"""
+        return self.features(images_BCHW) @ self.proj
+
+    def _drop_patches(self, x_BNW: Tensor) -> Tensor:
+        """Keep the class token and a random share of the patches in training (FLIP, 2212.00794)."""
+        share = self.config.patch_dropout
+        if not self.training or share == 0:
+            return x_BNW
+        batch, length, width = x_BNW.shape
+        keep = max(1, int((length - 1) * (1 - share)))
+        chosen = torch.rand(batch, length - 1, device=x_BNW.device).topk(keep).indices + 1
+        patches = x_BNW.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width))
+        return torch.cat([x_BNW[:, :1], patches], dim=1)
+
+
+class TimmTower(nn.Module):
+    """A timm model as image tower, with the pooling, projection and names of open_clip's.
+
+    `timm_proj` is "linear", "mlp", "none" (no projection) or null/"" (the model's own classifier
+    projects).
+    """
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        name, proj = cast(str, config.timm_model_name), config.timm_proj
+        if proj not in ("linear", "mlp", "none", "", None):
+            raise ModelError(f"vision_cfg: timm_proj {proj!r}; known: linear, mlp, none, null")
+        if config.timm_pool in ("abs_attn", "rot_attn"):
+            raise ModelError(
+                f"vision_cfg: timm_pool {config.timm_pool!r} is not supported; use the model's "
+                "own pooling ('') or 'avg', or open this model in open_clip"
+            )
+        options: dict[str, Any] = {}
+        if config.timm_drop_path is not None:
+            options["drop_path_rate"] = config.timm_drop_path
+        if config.patch_dropout > 0:
+            options["patch_drop_rate"] = config.patch_dropout
+        if not timm.is_model(name):
+            raise ModelError(f"vision_cfg: timm {timm.__version__} has no model {name!r}")
+        if proj in ("linear", "mlp"):
+            self.trunk: Any = timm.create_model(name, **options)
+            pool = {"global_pool": config.timm_pool} if config.timm_pool else {}
+            self.trunk.reset_classifier(0, **pool)
+        else:
+            classes = 0 if proj == "none" else embed_dim
+            pool = config.timm_pool
+            self.trunk = timm.create_model(name, num_classes=classes, global_pool=pool, **options)
+        self.head = nn.Sequential()
+        width, bias = int(self.trunk.num_features), config.timm_proj_bias
+        if proj == "linear":
+            self.head.add_module("drop", nn.Dropout(config.timm_drop))
+            self.head.add_module("proj", nn.Linear(width, embed_dim, bias=bias))
+        elif proj == "mlp":
+            drop = (config.timm_drop, 0.0)
+            mlp = Mlp(width, 2 * embed_dim, embed_dim, drop=drop, bias=(True, bias))
+            self.head.add_module("mlp", mlp)
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """[B, 3, S, S], normalised -> [B, W], pooled."""
+        x = self.trunk.forward_features(images_BCHW)
+        return self.trunk.forward_head(x, pre_logits=True)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """[B, 3, S, S], normalised -> [B, E]"""
+        return self.head(self.trunk(images_BCHW))
+
+
+def build_image_tower(
+    config: VisionConfig, embed_dim: int, quick_gelu: bool
+) -> VisionTransformer | TimmTower:
+    """The tower that `config` describes, with random weights."""
+    if config.timm_model_name is not None:
+        return TimmTower(config, embed_dim)
+    return VisionTransformer(config, embed_dim, quick_gelu)

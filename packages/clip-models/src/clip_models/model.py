@@ -1,0 +1,54 @@
+"""CLIP: two towers and a temperature."""
+
+# B batch, S image size, L context length, E embedding, W width of the image tower
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_models.config import ModelConfig
+from clip_models.image_tower import build_image_tower
+from clip_models.text_tower import TextTransformer
+
+
+class CLIP(nn.Module):
+    """An image tower and a text tower that share an embedding (Radford et al., 2103.00020).
+
+    Built with random weights, initialised as open_clip does; seed torch for a reproducible model.
+
+    Attributes:
+        config: what it was built from.
+        visual: the image tower.
+        text: the text tower.
+        logit_scale: log of the factor on cosine similarities, a scalar.
+        logit_bias: SigLIP's offset of the logits, a scalar; None in other models.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = build_image_tower(config.vision_cfg, config.embed_dim, config.quick_gelu)
+        self.text = TextTransformer(config.text_cfg, config.embed_dim, config.quick_gelu)
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        bias = config.init_logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    def encode_image(self, images_BCHW: Tensor, normalize: bool = False) -> Tensor:
+        """Normalised pixels [B, 3, S, S] -> embeddings [B, E], of length 1 if `normalize`."""
+        features = self.visual(images_BCHW)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_image_pre(self, images_BCHW: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] -> the tower's features before the projection [B, W]."""
+        return self.visual.features(images_BCHW)
+
+    def encode_text(self, tokens_BL: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids [B, L], zero-padded -> embeddings [B, E], of length 1 if `normalize`."""
+        features = self.text(tokens_BL)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One training forward: (image [B, E], text [B, E], exp(logit_scale)), features of length 1."""
+        images_BE = self.encode_image(images_BCHW, normalize=True)
+        texts_BE = self.encode_text(tokens_BL, normalize=True)
+        return images_BE, texts_BE, self.logit_scale.exp()
