@@ -1,0 +1,240 @@
+"""Shards and a model directory -> an index directory.
+
+INDEX/image.index       FAISS
+INDEX/embeddings.npy    float16, a row per picture, for exact scores
+INDEX/metadata.arrow    key, caption, json and place in the shards, a row per picture
+INDEX/index.json        what it was made from, the plan, the recall measured
+
+All of it is made in INDEX.partial/ and renamed as a whole: a reader never sees half an index. A
+build that is killed leaves INDEX.partial/parts/, one file per shard done, and continues there.
+"""
+
+# N rows, D embedding width
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from clip_models import LoadedModel, load_model
+
+from clip_retrieval import index as faiss_index
+from clip_retrieval.embed import check_failures, embed_images, embed_texts, pick_device
+from clip_retrieval.errors import RetrievalError
+from clip_retrieval.metadata import Metadata, merge_parts, part_counts, write_part
+from clip_retrieval.plan import plan_index, size
+from clip_retrieval.shards import list_shards
+from clip_retrieval.vectors import Float16, Int64, open_vectors, unit_rows
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+FILES = ("image.index", "embeddings.npy", "metadata.arrow")
+_HELD_OUT = 1_000  # queries of each kind, at most a tenth of the pictures
+
+
+def build_index(
+    model: Path,
+    shards: Path,
+    index: Path,
+    *,
+    target_recall: float = 0.95,
+    max_memory: int = 4 << 30,
+    batch_size: int = 128,
+    workers: int = 2,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Build `index`, or continue a build that was interrupted.
+
+    Args:
+        target_recall: of the ten nearest, the share the search must find.
+        max_memory: bytes the index may take, at its peak, while it is built.
+
+    Returns:
+        index.json's contents, with "index" (the path) and "status": "built", or "nothing left
+        to do" where it is there already.
+
+    Raises:
+        RetrievalError: no usable pictures, other inputs than those of what is there, no memory.
+    """
+    where = pick_device(device)
+    tars = list_shards(shards)
+    loaded = load_model(model, where)
+    inputs = _inputs(loaded, shards, tars)
+    settings = {"target_recall": target_recall, "max_memory": max_memory}
+    partial = index.with_name(index.name + ".partial")
+    if index.exists():
+        facts = _finished(index, inputs, settings)
+        shutil.rmtree(partial, ignore_errors=True)
+        return {"index": str(index), "status": "nothing left to do"} | facts
+
+    parts = _embed_parts(loaded, tars, partial, inputs, batch_size, workers)
+    whole = partial / "index"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    facts = {
+        "format": FORMAT,
+        "tool": f"clip-retrieval {version('clip-retrieval')}",
+        "model": str(model.resolve()),
+        "shards": str(shards.resolve()),
+        "inputs": inputs,
+        "settings": settings,
+        **_merge(parts, whole, shards),
+    }
+    facts |= _build(loaded, whole, where, target_recall, max_memory)
+    facts["bytes"] = {name: (whole / name).stat().st_size for name in FILES}
+    (whole / "index.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    os.rename(whole, index)
+    shutil.rmtree(partial)
+    return {"index": str(index), "status": "built"} | facts
+
+
+def _inputs(loaded: LoadedModel, shards: Path, tars: Sequence[Path]) -> dict[str, Any]:
+    """What the embeddings depend on."""
+    manifest = shards / "manifest.json"  # clip-data's; it holds a hash of every tar
+    return {
+        "fingerprint": loaded.fingerprint,
+        "preprocess": loaded.preprocess.hash,
+        "shard_bytes": {tar.name: tar.stat().st_size for tar in tars},
+        "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest()
+        if manifest.is_file()
+        else None,
+    }
+
+
+def _finished(index: Path, inputs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The index.json of an index that is there already, if it is this one."""
+    path = index / "index.json"
+    if not path.is_file():
+        raise RetrievalError(f"{index} exists and is not an index; give another path")
+    facts: dict[str, Any] = json.loads(path.read_bytes())
+    for name, wanted in (inputs | settings).items():
+        found = (facts["inputs"] | facts["settings"]).get(name)
+        _refuse_other(index, name, found, wanted)
+    return facts
+
+
+def _refuse_other(path: Path, name: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise RetrievalError(
+            f"{path} was made with another {name} ({_short(found)}; now {_short(wanted)}); "
+            "give another path, or delete it to build it anew"
+        )
+
+
+def _short(value: object) -> str:
+    text = f"{len(value)} shards" if isinstance(value, dict) else str(value)  # pyright: ignore[reportUnknownArgumentType]
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _embed_parts(
+    loaded: LoadedModel,
+    tars: Sequence[Path],
+    partial: Path,
+    inputs: dict[str, Any],
+    batch_size: int,
+    workers: int,
+) -> list[Path]:
+    """Embed the shards that have no part yet; the paths of all parts in the order of the tars."""
+    begun = partial / "inputs.json"
+    if begun.is_file():
+        found: dict[str, Any] = json.loads(begun.read_bytes())
+        for name, wanted in inputs.items():
+            _refuse_other(partial, name, found.get(name), wanted)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "parts").mkdir(parents=True)
+        temporary = partial / "inputs.json.tmp"
+        temporary.write_text(json.dumps(inputs), encoding="utf-8")
+        os.replace(temporary, begun)
+
+    part_of = {tar: partial / "parts" / f"{tar.stem}.arrow" for tar in tars}
+    missing = [tar for tar in tars if not part_of[tar].is_file()]
+    if missing and len(missing) < len(tars):
+        log.info("%d of %d shards are embedded already", len(tars) - len(missing), len(tars))
+    for part in embed_images(
+        loaded, missing, batch_size=batch_size, workers=workers
+    ):
+        write_part(part_of[part.shard], part)
+    return list(part_of.values())
+
+
+def _merge(parts: Sequence[Path], whole: Path, shards: Path) -> dict[str, Any]:
+    """Write embeddings.npy and metadata.arrow from the parts; returns the counts."""
+    counts = [part_counts(part) for part in parts]
+    images, failed = sum(c[0] for c in counts), sum(c[1] for c in counts)
+    check_failures(failed, images + failed, shards)
+    if not images:
+        raise RetrievalError(
+            f"{shards}: its {len(parts)} shards hold no images (jpg, jpeg, png or webp members)"
+        )
+    dim, row, stored_ND = 0, 0, None
+    for embeddings in merge_parts(parts, whole / "metadata.arrow"):
+        if stored_ND is None:
+            dim = embeddings.shape[1]
+            stored_ND = np.lib.format.open_memmap(
+                whole / "embeddings.npy", mode="w+", dtype=np.float16, shape=(images, dim)
+            )
+        stored_ND[row : row + len(embeddings)] = embeddings
+        row += len(embeddings)
+    assert stored_ND is not None and row == images
+    stored_ND.flush()
+    return {"images": images, "failed": failed, "dim": dim}
+
+
+def _build(
+    loaded: LoadedModel, whole: Path, device: torch.device, target: float, max_memory: int
+) -> dict[str, Any]:
+    """Plan, fill, tune and write image.index; returns the plan, the parameters and the recall."""
+    stored_ND = open_vectors(whole / "embeddings.npy")
+    gpu = device.type == "cuda" and faiss_index.faiss_has_gpu()
+    if device.type == "cuda" and not gpu:
+        log.info("this faiss sees no GPU: the index is built on the CPU")
+    plan = plan_index(*stored_ND.shape, max_memory=max_memory, gpu=gpu)
+    log.info(
+        "plan: %s for %s vectors of %d numbers: %s; %s in memory, %s to build",
+        *(plan.family, f"{len(stored_ND):,}", stored_ND.shape[1], plan.why),
+        *(size(plan.index_bytes), size(plan.build_bytes)),
+    )
+    rows = np.random.default_rng(0).permutation(len(stored_ND)).astype(np.int64)
+    held = min(_HELD_OUT, len(rows) // 10)
+    kept_out, kept = np.sort(rows[:held]), np.sort(rows[held:])
+
+    index = faiss_index.fill(plan, stored_ND, kept, gpu=gpu)
+    held_out = _held_out(loaded, whole, stored_ND, kept_out, kept)
+    value, recall = faiss_index.tune(index, plan, stored_ND, held_out, target)
+    faiss_index.add(index, stored_ND, kept_out)
+    faiss_index.write_index(index, whole / "image.index")
+
+    if recall and min(recall.values()) < target:
+        log.warning("recall@10 is below the target of %s at the widest search: %s", target, recall)
+    log.info("recall@10 on held-out queries: %s", recall or "not measured, too few images")
+    return {
+        "plan": asdict(plan),
+        "search": {"parameter": plan.parameter, "value": value, "oversample": plan.oversample},
+        "recall@10": recall,
+        "held_out": {kind: len(q.queries_QD) for kind, q in held_out.items()},
+    }
+
+
+def _held_out(
+    loaded: LoadedModel,
+    whole: Path,
+    stored_ND: Float16,
+    kept_out: Int64,
+    kept: Int64,
+) -> dict[str, faiss_index.Queries]:
+    """The rows kept out, and their captions, as queries by kind; a kind without any is absent."""
+    queries = {"image": unit_rows(stored_ND[kept_out])} if len(kept_out) else {}
+    captions = Metadata(whole / "metadata.arrow").captions(kept_out.tolist())
+    if captions:
+        queries["text"] = embed_texts(loaded, captions)
+    return {kind: faiss_index.Queries.prepare(q, stored_ND, kept) for kind, q in queries.items()}

@@ -1,0 +1,198 @@
+"""Zero-shot retrieval as the paper measures it: Recall@k of text -> image and image -> text.
+
+CLIP_benchmark's definition: a query hits where any of its positives is among the k best. Ranks
+are counted tile by tile, so memory does not grow with captions x images. Scores are summed in
+float64 and rounded to float32, and equal scores go to the earlier item: identical pictures tie
+exactly, and a model whose embeddings have collapsed scores chance instead of 100%.
+"""
+
+# N images, M captions, D embedding width, Q queries, I items, q and i their tiles
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from clip_models import LoadedModel, load_model
+from torch import Tensor
+
+from clip_retrieval.embed import check_failures, embed_images, embed_texts, pick_device
+from clip_retrieval.errors import RetrievalError
+from clip_retrieval.shards import list_shards
+
+log = logging.getLogger(__name__)
+
+TILE_QUERIES, TILE_ITEMS = 1024, 4096  # 50 MB of scores at a time
+
+
+def evaluate(
+    model: Path,
+    sets: Sequence[Path],
+    *,
+    split: str = "test",
+    recall_k: Sequence[int] = (1, 5, 10),
+    batch_size: int = 128,
+    workers: int = 2,
+    device: str = "auto",
+) -> Iterator[dict[str, Any]]:
+    """One result per set: a directory in CLIP_benchmark's layout, or one of training shards.
+
+    Raises:
+        RetrievalError: no pictures, a picture without a caption, too many that are broken.
+    """
+    where = pick_device(device)
+    directories = [_find(path, split) for path in sets]
+    loaded = load_model(model, where)
+    for path, (directory, found_split) in zip(sets, directories, strict=True):
+        images_ND, texts_MD, owner_M, failed = _embed(loaded, directory, batch_size, workers)
+        log.info("%s: %d images, %d captions", path, len(images_ND), len(texts_MD))
+        yield {
+            "dataset": str(path),
+            "split": found_split,
+            "task": "zeroshot_retrieval",
+            "model": str(model),
+            "fingerprint": loaded.fingerprint,
+            "images": len(images_ND),
+            "captions": len(texts_MD),
+            "failed": failed,
+            **recall(images_ND.to(where), texts_MD.to(where), owner_M.to(where), recall_k),
+        }
+
+
+def recall(
+    images_ND: Tensor, texts_MD: Tensor, owner_M: Tensor, recall_k: Sequence[int] = (1, 5, 10)
+) -> dict[str, dict[str, Any]]:
+    """Both directions' Recall@k, under CLIP_benchmark's names.
+
+    Args:
+        images_ND, texts_MD: unit rows.
+        owner_M: the image each caption belongs to; every image owns at least one.
+
+    Returns:
+        {"metrics", "hits", "queries", "interval_95", "chance"}, each {name: value}.
+    """
+    text_ranks_M, image_ranks_N = ranks(images_ND, texts_MD, owner_M)
+    captions_N = torch.bincount(owner_M, minlength=len(images_ND))
+    result: dict[str, dict[str, Any]] = {
+        name: {} for name in ("metrics", "hits", "queries", "interval_95", "chance")
+    }
+    for k in recall_k:
+        for name, ranks_Q, positives_Q, items in (
+            ("image_retrieval", text_ranks_M, torch.ones_like(owner_M), len(images_ND)),
+            ("text_retrieval", image_ranks_N, captions_N, len(texts_MD)),
+        ):
+            name = f"{name}_recall@{k}"
+            hits, queries = int((ranks_Q < k).sum()), len(ranks_Q)
+            result["metrics"][name] = hits / queries
+            result["hits"][name] = hits
+            result["queries"][name] = queries
+            result["interval_95"][name] = wilson(hits, queries)
+            result["chance"][name] = chance(positives_Q, items, k)
+    return result
+
+
+def ranks(images_ND: Tensor, texts_MD: Tensor, owner_M: Tensor) -> tuple[Tensor, Tensor]:
+    """How many items come before the first positive: of each text [M], of each image [N]."""
+    # the score of every true pair, as the tiles will compute it
+    pair_M = torch.cat(
+        [
+            (texts.double() * images_ND[owner].double()).sum(1).float()
+            for texts, owner in zip(
+                texts_MD.split(TILE_ITEMS), owner_M.split(TILE_ITEMS), strict=True
+            )
+        ]
+    )
+    best_N = torch.full((len(images_ND),), -math.inf, device=pair_M.device)
+    best_N = best_N.scatter_reduce(0, owner_M, pair_M, "amax")
+    # the earliest of an image's captions that have its best score
+    captions_M = torch.arange(len(texts_MD), device=pair_M.device)
+    is_best_M = pair_M == best_N[owner_M]
+    first_N = torch.full_like(best_N, len(texts_MD), dtype=torch.int64)
+    first_N = first_N.scatter_reduce(0, owner_M[is_best_M], captions_M[is_best_M], "amin")
+    return (
+        count_ahead(texts_MD, images_ND, pair_M, owner_M),
+        count_ahead(images_ND, texts_MD, best_N, first_N),
+    )
+
+
+def count_ahead(queries_QD: Tensor, items_ID: Tensor, score_Q: Tensor, item_Q: Tensor) -> Tensor:
+    """Items that score above `score_Q`, or equal it and come before `item_Q`; int64 [Q]."""
+    ahead_Q = torch.zeros(len(queries_QD), dtype=torch.int64, device=queries_QD.device)
+    for q in range(0, len(queries_QD), TILE_QUERIES):
+        queries_qD = queries_QD[q : q + TILE_QUERIES].double()
+        score_q1, item_q1 = (x[q : q + TILE_QUERIES, None] for x in (score_Q, item_Q))
+        for i in range(0, len(items_ID), TILE_ITEMS):
+            items_iD = items_ID[i : i + TILE_ITEMS].double()
+            scores_qi = (queries_qD @ items_iD.T).float()
+            number_i = torch.arange(i, i + len(items_iD), device=items_iD.device)
+            tied_qi = (scores_qi == score_q1) & (number_i < item_q1)
+            ahead_Q[q : q + TILE_QUERIES] += ((scores_qi > score_q1) | tied_qi).sum(1)
+    return ahead_Q
+
+
+def wilson(hits: int, queries: int) -> list[float]:
+    """Wilson's 95% interval of a proportion, [low, high]."""
+    z, share = 1.959963984540054, hits / queries
+    middle = (share + z * z / (2 * queries)) / (1 + z * z / queries)
+    spread = math.sqrt(share * (1 - share) / queries + z * z / (4 * queries * queries))
+    half = z * spread / (1 + z * z / queries)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def chance(positives_Q: Tensor, items: int, k: int) -> float:
+    """Recall@k of a random order: k / items where a query has one positive.
+
+    With c positives a query misses with the chance that k draws without return avoid them all.
+    """
+    misses: list[float] = []
+    counts, queries = torch.unique(positives_Q, return_counts=True)
+    for c, n in zip(counts.tolist(), queries.tolist(), strict=True):
+        others = items - c
+        missed = math.comb(others, k) / math.comb(items, k) if k <= others else 0.0
+        misses.append(missed * n)
+    return 1 - sum(misses) / len(positives_Q)
+
+
+def _find(path: Path, split: str) -> tuple[Path, str | None]:
+    """The directory that holds the tars, and the split's name if the set has splits."""
+    if (path / split).is_dir():
+        return path / split, split
+    if any(path.glob("*.tar")):
+        return path, None
+    splits = sorted(p.parent.name for p in path.glob("*/nshards.txt"))
+    found = f"its splits are {', '.join(splits)}" if splits else "no split or shard is there"
+    raise RetrievalError(f"{path} has no split {split!r}: {found}; give --split or another set")
+
+
+def _embed(
+    loaded: LoadedModel, directory: Path, batch_size: int, workers: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Images [N, D], captions [M, D], each caption's image [M], and the images not read."""
+    rows, captions, failed = list[np.ndarray](), list[list[str]](), 0
+    shards = list_shards(directory)
+    for part in embed_images(loaded, shards, batch_size=batch_size, workers=workers):
+        rows.append(part.embeddings_ND)
+        failed += len(part.failures)
+        for record in part.records:
+            lines = (record.caption or "").splitlines()
+            captions.append([line.strip() for line in lines if line.strip()])
+            if not captions[-1]:
+                raise RetrievalError(
+                    f"{part.shard}: {record.key} has no caption (.txt); retrieval is defined for "
+                    "captioned images only"
+                )
+    if not captions:
+        raise RetrievalError(f"{directory} holds no images that can be read")
+    check_failures(failed, failed + len(captions), directory)
+    texts = [text for lines in captions for text in lines]
+    owner_M = torch.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
+    texts_MD = embed_texts(loaded, texts)
+    return (
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(texts_MD),
+        owner_M,
+        failed,
+    )
