@@ -1,0 +1,131 @@
+"""Batches by step number: the same bytes for any number of loader processes."""
+
+# b batch of this process, S image size, L context length
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from clip_models import ImageError, Preprocess, Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clip_train.errors import TrainError
+from clip_train.order import Order, derive_seed
+from clip_train.shards import Shard, open_shard
+
+MAX_REPLACED = 100  # unreadable samples in a row after which the disk, not a sample, is broken
+STALLED = 600  # seconds without a batch after which the loader gives up
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch."""
+
+    images_b3SS: Tensor  # uint8
+    tokens_bL: Tensor  # int64
+    unreadable: list[str]  # one line for each sample that was replaced
+    failure: str | None = None  # why there is no batch: errors cross processes as text
+
+
+class Batches(Dataset[Batch]):
+    """Process `rank`'s share of the global batch at each step: a contiguous slice of the stream.
+
+    An unreadable sample is replaced by the one at its place in the next batch, so that no batch
+    holds a sample twice; if that fails too, in the batch after, and so on.
+    """
+
+    def __init__(
+        self,
+        shards: list[Path],
+        order: Order,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        """Args: batch_size: of all `world` processes together, a multiple of it."""
+        self.shards = shards
+        self.order = order
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.rank = rank
+        self.share = batch_size // world
+
+    def __getitem__(self, step: int) -> Batch:
+        images: list[Tensor] = []
+        captions: list[str] = []
+        unreadable: list[str] = []
+        start = step * self.batch_size + self.rank * self.share
+        try:
+            for position in range(start, start + self.share):
+                image, caption = self._pair(position, unreadable)
+                images.append(image)
+                captions.append(caption)
+        except TrainError as error:
+            nothing = torch.empty(0)
+            return Batch(nothing, nothing, unreadable, failure=str(error))
+        return Batch(torch.stack(images), self.tokenizer(captions), unreadable)
+
+    def _pair(self, position: int, unreadable: list[str]) -> tuple[Tensor, str]:
+        """The image [3, S, S] and caption at a stream position; failed attempts are noted."""
+        seed = derive_seed(self.order.seed, position)
+        for attempt in range(MAX_REPLACED):
+            place = position + attempt * self.batch_size
+            shard, row = self._find(int(self.order.samples(place, place + 1)[0]))
+            try:
+                image = self.preprocess.train(shard.image(row), seed)
+                return image, choose_caption(shard.caption(row), seed)
+            except (TrainError, ImageError, OSError, UnicodeDecodeError) as error:
+                unreadable.append(f"{shard.name(row)}: {error}")
+        raise TrainError(f"{MAX_REPLACED} unreadable samples in a row, the last {unreadable[-1]}")
+
+    def _find(self, sample: int) -> tuple[Shard, int]:
+        number, row = self.order.place(sample)
+        try:
+            shard = open_shard(self.shards[number])
+        except OSError as error:
+            raise TrainError(f"{self.shards[number]}: cannot be opened: {error}") from error
+        if len(shard) != self.order.counts[number]:
+            raise TrainError(
+                f"{shard.path}: holds {len(shard)} samples, sizes.json says "
+                f"{self.order.counts[number]}; build it again: clip-data build"
+            )
+        return shard, row
+
+
+def choose_caption(text: bytes, seed: int) -> str:
+    """One of the caption's lines, drawn by `seed`: sets with several captions have one a line.
+
+    Raises:
+        TrainError: there is none. UnicodeDecodeError.
+    """
+    lines = [line for line in text.decode().splitlines() if line.strip()]
+    if not lines:
+        raise TrainError("its caption is empty")
+    return lines[seed % len(lines)]
+
+
+def load(batches: Batches, steps: range, workers: int, device: torch.device) -> Iterator[Batch]:
+    """The batches of `steps`, in order, decoded ahead by `workers` processes."""
+    return iter(
+        DataLoader(
+            batches,
+            batch_size=None,  # `batches` makes whole batches
+            sampler=steps,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            timeout=STALLED if workers else 0,
+        )
+    )
+
+
+def _ignore_signals(_worker: int) -> None:
+    """SIGTERM and Ctrl-C reach the whole process group; when to stop is the parent's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
