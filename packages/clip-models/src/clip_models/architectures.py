@@ -1,6 +1,8 @@
 """The named architectures: the paper's, open_clip's smaller ones, and some for laptops."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from clip_models.config import ModelConfig, TextConfig, VisionConfig
@@ -49,14 +51,22 @@ def architecture_names() -> list[str]:
 
 
 def architecture(name: str) -> ModelConfig:
-    """The configuration of a named architecture.
+    """The configuration of a named architecture, or of a JSON file with open_clip's model_cfg.
 
     `NAME-quickgelu` is NAME with OpenAI's activation.
 
     Raises:
-        ModelError: no such name.
+        ModelError: no such name or file, or a file that does not describe a model.
     """
+    if name.endswith(".json"):
+        try:
+            return ModelConfig.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{name}: {error}") from error
     if name not in architecture_names():
-        raise ModelError(f"no architecture {name!r}; known: {', '.join(architecture_names())}")
+        raise ModelError(
+            f"no architecture {name!r}; known: {', '.join(architecture_names())}, "
+            "or a .json file with open_clip's model_cfg"
+        )
     base = name.removesuffix("-quickgelu")
     return replace(_BASE[base], quick_gelu=base != name)

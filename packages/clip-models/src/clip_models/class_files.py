@@ -27,7 +27,9 @@ def read_templates(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         ModelError: no such file, or one without templates.
     """
-    lines = _lines(path, "zeroshot_classification_templates.txt", "a prompt like `a photo of a {c}.`")
+    lines = _lines(
+        path, "zeroshot_classification_templates.txt", "a prompt like `a photo of a {c}.`"
+    )
     return [line for line in lines if line.strip()]
 
 

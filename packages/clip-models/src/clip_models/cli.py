@@ -30,8 +30,8 @@ def main() -> None:
 @main.command("list")
 def list_() -> None:
     """List the named architectures, one JSON line each."""
-    from clip_models.profile import profile
     from clip_models.architectures import architecture, architecture_names
+    from clip_models.profile import profile
 
     for name in architecture_names():
         click.echo(json.dumps({"name": name, **profile(architecture(name))}))
@@ -47,10 +47,9 @@ def init(architecture_name: str, output: Path, seed: int) -> None:
     ARCHITECTURE is a name from `clip-models list` or a JSON file with open_clip's model_cfg.
     """
     from clip_models.architectures import architecture
-    from clip_models.inspect import init_model
+    from clip_models.model_dir import init_model
 
-    summary = init_model(architecture(architecture_name), output, seed)
-    click.echo(json.dumps(summary))
+    click.echo(json.dumps(init_model(architecture(architecture_name), output, seed)))
 
 
 @main.command()
@@ -58,7 +57,7 @@ def init(architecture_name: str, output: Path, seed: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def show(model: Path, as_json: bool) -> None:
     """Show what a model directory holds: towers, size, provenance, heads."""
-    from clip_models.inspect import describe_model, format_description
+    from clip_models.describe import describe_model, format_description
 
     description = describe_model(model)
     click.echo(json.dumps(description) if as_json else format_description(description))
@@ -77,6 +76,6 @@ def build_head(
     classnames, templates = classnames or dataset, templates or dataset
     if classnames is None or templates is None:
         raise click.UsageError("give --dataset, or --classnames and --templates")
-    from clip_models.inspect import add_zero_shot_head
+    from clip_models.heads import add_zero_shot_head
 
     click.echo(json.dumps(add_zero_shot_head(model, name, classnames, templates)))

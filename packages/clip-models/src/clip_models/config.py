@@ -133,7 +133,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ModelError(f"text_cfg: width {self.width} must be a multiple of heads {self.heads}")
+            raise ModelError(
+                f"text_cfg: width {self.width} must be a multiple of heads {self.heads}"
+            )
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ class PreprocessConfig:
             )
         if self.resize_mode not in ("shortest", "squash", "longest"):
             raise ModelError(
-                f"preprocess_cfg: resize_mode {self.resize_mode!r}; known: shortest, longest, squash"
+                f"preprocess_cfg: resize_mode {self.resize_mode!r}; "
+                "known: shortest, longest, squash"
             )
         if len(self.mean) != 3 or len(self.std) != 3:
             raise ModelError("preprocess_cfg: mean and std need three values each, one a channel")

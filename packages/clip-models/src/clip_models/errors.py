@@ -2,7 +2,7 @@
 
 
 class ModelError(ValueError):
-    """An expected failure; the message names the thing, what was found and expected, and the fix."""
+    """An expected failure: the message names the thing, what was found or expected, and the fix."""
 
 
 class ImageError(ModelError):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_models.class_files import read_class_names, read_templates
 from clip_models.errors import ModelError
-from clip_models.model_dir import LoadedModel, fingerprint_of
+from clip_models.model_dir import LoadedModel, fingerprint_of, load_model
 
 HeadKind = Literal["zero-shot", "probe", "fine-tuned", "interpolated"]
 FeatureKind = Literal["post", "pre"]
@@ -71,9 +72,7 @@ class Head:
 
 
 @torch.no_grad()
-def build_head(
-    loaded: LoadedModel, class_names: Sequence[str], templates: Sequence[str]
-) -> Head:
+def build_head(loaded: LoadedModel, class_names: Sequence[str], templates: Sequence[str]) -> Head:
     """The zero-shot head: per class the mean of its prompts' embeddings, each and all of length 1.
 
     As in the paper and CLIP_benchmark (Radford et al., 2103.00020, section 3.1.4).
@@ -172,9 +171,31 @@ def load_head(model_path: str | os.PathLike[str], name: str) -> Head:
             templates_hash=metadata.get("templates_hash"),
         )
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ModelError(f"{file} is damaged or not a class head ({error}); build it again") from error
+        raise ModelError(
+            f"{file} is damaged or not a class head ({error}); build it again"
+        ) from error
     _check_fingerprint(head.fingerprint, model_path, str(file))
     return head
+
+
+def add_zero_shot_head(
+    model_path: Path, name: str, class_names: Path, templates: Path
+) -> dict[str, Any]:
+    """Build a zero-shot head from files and add it to a model directory; returns what was added.
+
+    Raises:
+        ModelError: as in `build_head` and `save_head`.
+    """
+    head = build_head(
+        load_model(model_path), read_class_names(class_names), read_templates(templates)
+    )
+    file = save_head(model_path, name, head)
+    return {
+        "head": str(file),
+        "classes": len(head.class_names),
+        "templates_hash": head.templates_hash,
+        "fingerprint": head.fingerprint,
+    }
 
 
 def list_heads(model_path: str | os.PathLike[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clip_models.config import VisionConfig
 from clip_models.errors import ModelError
-from clip_models.transformer import Layout, LayerNorm, Transformer
+from clip_models.transformer import LayerNorm, Layout, Transformer
 
 
 class VisionTransformer(nn.Module):
@@ -47,7 +47,8 @@ class VisionTransformer(nn.Module):
         size = self.config.image_size
         if images_BCHW.shape[1:] != (3, size, size):
             raise ModelError(
-                f"images of shape {tuple(images_BCHW.shape)}; this tower takes [B, 3, {size}, {size}]"
+                f"images of shape {tuple(images_BCHW.shape)}; "
+                f"this tower takes [B, 3, {size}, {size}]"
             )
         x_BNW = self.conv1(images_BCHW).flatten(2).transpose(1, 2)
         batch = x_BNW.shape[0]

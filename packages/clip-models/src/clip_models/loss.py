@@ -93,7 +93,9 @@ class _SymmetricLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride], torch's takes *Any
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         image_NE, text_NE, scale, rows_lse, columns_lse = ctx.saved_tensors
         n = len(image_NE)
         scaled_NE = image_NE * scale
@@ -126,7 +128,9 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride], torch's takes *Any
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         query_nE, key_NE, scale, rows_lse = ctx.saved_tensors
         n, positives = len(query_nE), slice(ctx.first, ctx.first + len(query_nE))
         scaled_nE = query_nE * scale

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -82,9 +82,7 @@ def read_model_config(path: str | os.PathLike[str]) -> tuple[ModelConfig, dict[s
         raise ModelError(f"{file}: {error}") from error
 
 
-def load_model(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu"
-) -> LoadedModel:
+def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:
     """Read a model directory, ours or one of open_clip's with safetensors weights.
 
     Weights stored in half precision become float32.
@@ -147,13 +145,26 @@ def save_model(
         _disk_name(name, model.config): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    with new_directory(path) as temporary:
+    with _new_directory(path) as temporary:
         save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def init_model(config: ModelConfig, path: str | os.PathLike[str], seed: int) -> dict[str, Any]:
+    """Write a model directory with random weights; returns what was written.
+
+    Raises:
+        ModelError: `path` exists.
+    """
+    torch.manual_seed(seed)
+    model = CLIP(config)
+    save_model(path, model, Preprocess(config.vision_cfg.image_size), {"init_seed": seed})
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"model": str(path), "parameters": parameters, "fingerprint": fingerprint_of(path)}
+
+
 @contextmanager
-def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def _new_directory(path: str | os.PathLike[str]) -> Generator[Path]:
     """A temporary sibling to fill, renamed to `path` at the end, removed on any error.
 
     Raises:
@@ -181,7 +192,7 @@ def fingerprint_of(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     for name, tensor in _read_weights(Path(path)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -215,12 +226,12 @@ def _check_names(
         faults.append(f"lacks {listed(missing)}")
     if surplus := found.keys() - expected.keys():
         faults.append(f"has the unexpected {listed(surplus)}")
-    for name in sorted(expected.keys() & found.keys()):
-        if expected[name].shape != found[name].shape:
-            faults.append(
-                f"has {_disk_name(name, config)} of shape {tuple(found[name].shape)} where its "
-                f"config asks for {tuple(expected[name].shape)}"
-            )
+    faults += [
+        f"has {_disk_name(name, config)} of shape {tuple(found[name].shape)} where its config "
+        f"asks for {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name].shape != found[name].shape
+    ]
     if faults:
         raise ModelError(
             f"{path / WEIGHTS_NAME} {'; '.join(faults[:3])}: "

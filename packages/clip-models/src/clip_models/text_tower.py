@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clip_models.config import TextConfig
 from clip_models.errors import ModelError
-from clip_models.transformer import Block, Layout, LayerNorm, Transformer
+from clip_models.transformer import Block, LayerNorm, Layout, Transformer
 
 
 class TextTransformer(nn.Module):

@@ -46,7 +46,7 @@ class Layout:
 class LayerNorm(nn.LayerNorm):
     """Layer norm that returns its input's dtype: autocast computes it in fp32, as in open_clip."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, torch names it so
         return super().forward(input).to(input.dtype)
 
 
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
         x_TD = self._run(x_TD, layout, len(self.resblocks) - 1)
         last = cast(Block, self.resblocks[-1])
         if self.grad_checkpointing and self.training:
-            return cast(Tensor, checkpoint(last.pooled, x_TD, layout, use_reentrant=False))
+            return checkpoint(last.pooled, x_TD, layout, use_reentrant=False)
         return last.pooled(x_TD, layout)
 
     def _run(self, x_TD: Tensor, layout: Layout, blocks: int) -> Tensor:
