@@ -1,0 +1,208 @@
+"""The command line of clip-probe."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from clip_models import ModelError
+
+from clip_probe.errors import ProbeError
+
+FOLDER = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """Turns the package's expected failures into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ProbeError, ModelError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+class _Shots(click.ParamType[tuple[int, ...]]):
+    name = "N,N,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = [part for part in str(value).split(",") if part]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is no list of positive numbers such as 1,2,4", param, ctx)
+        return tuple(sorted({int(part) for part in parts}))
+
+
+def _encoding_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How images are read and encoded; the same for every command."""
+    for decorate in reversed(
+        [
+            click.option(
+                "--batch-size",
+                default=64,
+                show_default=True,
+                type=click.IntRange(1),
+                help="Images encoded at once.",
+            ),
+            click.option(
+                "--workers",
+                default=4,
+                show_default=True,
+                type=click.IntRange(0),
+                help="Processes that decode images; 0 decodes in the main process.",
+            ),
+            click.option(
+                "--device",
+                default="auto",
+                show_default=True,
+                help="A torch device such as cpu or cuda; auto takes cuda where there is one.",
+            ),
+        ]
+    ):
+        command = decorate(command)
+    return command
+
+
+def _load(model: Path, device: str) -> Any:
+    import torch
+    from clip_models import load_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(model, device=device)
+
+
+@click.group(cls=_Group)
+@click.version_option(package_name="clip-probe")
+def main() -> None:
+    """Zero-shot and linear-probe evaluation of CLIP models.
+
+    MODEL is a model directory; SET a labelled set in CLIP_benchmark's layout (classnames.txt,
+    zeroshot_classification_templates.txt, SPLIT/nshards.txt, SPLIT/0.tar …). Results are JSON on
+    stdout.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.argument("sets", metavar="SET...", nargs=-1, required=True, type=FOLDER)
+@click.option("--split", default="test", show_default=True, help="The split to evaluate.")
+@click.option(
+    "--templates",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Prompt templates, one a line with {c} for the class name, instead of the sets' own.",
+)
+@_encoding_options
+def zeroshot(
+    model: Path,
+    sets: tuple[Path, ...],
+    split: str,
+    templates: Path | None,
+    batch_size: int,
+    workers: int,
+    device: str,
+) -> None:
+    """Classify images by the prompts of their class names: one JSON line per SET."""
+    from clip_probe.evaluate import zeroshot
+
+    loaded = _load(model, device)
+    for result in zeroshot(
+        loaded, sets, split, templates=templates, batch_size=batch_size, workers=workers
+    ):
+        click.echo(json.dumps(result))
+
+
+@main.command("eval")
+@click.argument("model", type=FOLDER)
+@click.argument("sets", metavar="SET...", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    required=True,
+    help="A head of MODEL (heads/NAME.safetensors); may be given several times.",
+)
+@click.option("--split", default="test", show_default=True, help="The split to evaluate.")
+@_encoding_options
+def evaluate(
+    model: Path,
+    sets: tuple[Path, ...],
+    heads: tuple[str, ...],
+    split: str,
+    batch_size: int,
+    workers: int,
+    device: str,
+) -> None:
+    """Evaluate saved heads: one JSON line per SET and head.
+
+    A head fits a set that has the same class names, in any order. The images of a set are decoded
+    once for all heads.
+    """
+    from clip_probe.evaluate import evaluate_heads
+
+    loaded = _load(model, device)
+    for result in evaluate_heads(
+        loaded, sets, heads, split, batch_size=batch_size, workers=workers
+    ):
+        click.echo(json.dumps(result))
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.argument("dataset", metavar="SET", type=FOLDER)
+@click.option(
+    "--train-split", default="train", show_default=True, help="The split that probes are fitted on."
+)
+@click.option(
+    "--val-split",
+    help="The split that chooses C; without it, part of the training images do (see above).",
+)
+@click.option("--test-split", default="test", show_default=True, help="The split that is reported.")
+@click.option(
+    "--shots",
+    type=_Shots(),
+    default="1,2,4,8,16",
+    show_default=True,
+    help="Training images per class of the few-shot probes; '' for none.",
+)
+@click.option(
+    "--feature",
+    type=click.Choice(["post", "pre", "pixels"]),
+    default="post",
+    show_default=True,
+    help="Image embeddings, the tower's output before its projection, or raw pixels as a baseline.",
+)
+@click.option(
+    "--seeds",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Few-shot draws at each number of shots.",
+)
+@click.option(
+    "--save-head", metavar="NAME", help="Save the full-data probe as a head of MODEL of this name."
+)
+@click.option(
+    "--output", type=FOLDER, metavar="DIR", help="Write DIR/sweep.json and DIR/shots.png."
+)
+@_encoding_options
+def sweep(model: Path, dataset: Path, save_head: str | None, device: str, **options: Any) -> None:
+    """Fit linear probes on the features of SET: full data and few shots.
+
+    The probes are L2-regularised multinomial logistic regressions (scikit-learn's objective) on
+    L2-normalised features, for a grid of C from 0.01 to 1e6. C is chosen on the validation split;
+    without one, on a fifth of the training images (full data) or by cross-validation within the
+    images drawn (few shots; C = 1 for one shot). The full-data probe is then fitted again on
+    training and validation images together. The test split chooses nothing.
+    """
+    from clip_probe.sweep import sweep
+
+    result = sweep(_load(model, device), dataset, head_name=save_head, **options)
+    click.echo(json.dumps(result))

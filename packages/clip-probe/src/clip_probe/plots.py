@@ -1,0 +1,50 @@
+"""Accuracy versus shots."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+
+def plot_shots(result: dict[str, Any], path: Path) -> None:
+    """Draw a sweep's result: few-shot means with their spread, full data, zero-shot, chance."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    few_shot = result["few_shot"]
+    ticks = [str(row["shots"]) for row in few_shot] + ["all"]
+    if few_shot:
+        axes.errorbar(
+            ticks[:-1],
+            [row["acc1_mean"] for row in few_shot],
+            yerr=[row["acc1_std"] or 0.0 for row in few_shot],
+            marker="o",
+            capsize=4,
+            label=f"linear probe, mean ± std of {result['seeds']} draws",
+        )
+    full = result["full"]
+    low, high = full["acc1_ci95"]
+    axes.errorbar(
+        ["all"],
+        [full["acc1"]],
+        yerr=[[full["acc1"] - low], [high - full["acc1"]]],
+        marker="s",
+        capsize=4,
+        linestyle="none",
+        label=f"linear probe, all {full['train_samples']:,} images (95% interval)",
+    )
+    if result["zero_shot"]:
+        acc1 = result["zero_shot"]["acc1"]
+        axes.axhline(acc1, color="tab:green", linestyle="--", label=f"zero-shot {acc1:.1%}")
+    chance = result["majority_class_share"]
+    axes.axhline(chance, color="grey", linestyle=":", label=f"most frequent class {chance:.1%}")
+    axes.set(
+        xlabel="training images per class",
+        ylabel="test accuracy",
+        title=f"{Path(result['dataset']).name}, {result['feature']} features",
+    )
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150, format="png")
