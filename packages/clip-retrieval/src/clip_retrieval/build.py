@@ -59,8 +59,8 @@ def build_index(
         max_memory: bytes the index may take, at its peak, while it is built.
 
     Returns:
-        index.json's contents, with "index" (the path) and "status": "built", or "nothing left
-        to do" where it is there already.
+        "index" (its path), "status" ("built", or "nothing left to do" where it is there already)
+        and what index.json says of the result.
 
     Raises:
         RetrievalError: no usable pictures, other inputs than those of what is there, no memory.
@@ -74,7 +74,7 @@ def build_index(
     if index.exists():
         facts = _finished(index, inputs, settings)
         shutil.rmtree(partial, ignore_errors=True)
-        return {"index": str(index), "status": "nothing left to do"} | facts
+        return _summary(index, "nothing left to do", facts)
 
     parts = _embed_parts(loaded, tars, partial, inputs, batch_size, workers)
     whole = partial / "index"
@@ -87,14 +87,19 @@ def build_index(
         "shards": str(shards.resolve()),
         "inputs": inputs,
         "settings": settings,
-        **_merge(parts, whole, shards),
+        **_merge(parts, whole, shards, loaded.config.embed_dim),
     }
     facts |= _build(loaded, whole, where, target_recall, max_memory)
     facts["bytes"] = {name: (whole / name).stat().st_size for name in FILES}
     (whole / "index.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     os.rename(whole, index)
     shutil.rmtree(partial)
-    return {"index": str(index), "status": "built"} | facts
+    return _summary(index, "built", facts)
+
+
+def _summary(index: Path, status: str, facts: dict[str, Any]) -> dict[str, Any]:
+    shown = ("images", "failed", "dim", "plan", "search", "recall@10", "held_out", "bytes")
+    return {"index": str(index), "status": status} | {name: facts[name] for name in shown}
 
 
 def _inputs(loaded: LoadedModel, shards: Path, tars: Sequence[Path]) -> dict[str, Any]:
@@ -160,14 +165,12 @@ def _embed_parts(
     missing = [tar for tar in tars if not part_of[tar].is_file()]
     if missing and len(missing) < len(tars):
         log.info("%d of %d shards are embedded already", len(tars) - len(missing), len(tars))
-    for part in embed_images(
-        loaded, missing, batch_size=batch_size, workers=workers
-    ):
+    for part in embed_images(loaded, missing, batch_size=batch_size, workers=workers):
         write_part(part_of[part.shard], part)
     return list(part_of.values())
 
 
-def _merge(parts: Sequence[Path], whole: Path, shards: Path) -> dict[str, Any]:
+def _merge(parts: Sequence[Path], whole: Path, shards: Path, dim: int) -> dict[str, Any]:
     """Write embeddings.npy and metadata.arrow from the parts; returns the counts."""
     counts = [part_counts(part) for part in parts]
     images, failed = sum(c[0] for c in counts), sum(c[1] for c in counts)
@@ -176,16 +179,13 @@ def _merge(parts: Sequence[Path], whole: Path, shards: Path) -> dict[str, Any]:
         raise RetrievalError(
             f"{shards}: its {len(parts)} shards hold no images (jpg, jpeg, png or webp members)"
         )
-    dim, row, stored_ND = 0, 0, None
-    for embeddings in merge_parts(parts, whole / "metadata.arrow"):
-        if stored_ND is None:
-            dim = embeddings.shape[1]
-            stored_ND = np.lib.format.open_memmap(
-                whole / "embeddings.npy", mode="w+", dtype=np.float16, shape=(images, dim)
-            )
-        stored_ND[row : row + len(embeddings)] = embeddings
-        row += len(embeddings)
-    assert stored_ND is not None and row == images
+    stored_ND = np.lib.format.open_memmap(
+        whole / "embeddings.npy", mode="w+", dtype=np.float16, shape=(images, dim)
+    )
+    row = 0
+    for embeddings_ND in merge_parts(parts, whole / "metadata.arrow"):
+        stored_ND[row : row + len(embeddings_ND)] = embeddings_ND
+        row += len(embeddings_ND)
     stored_ND.flush()
     return {"images": images, "failed": failed, "dim": dim}
 

@@ -26,29 +26,18 @@ class _Tool(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-class _Size(click.ParamType):
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a size like 512M or 4G", param, ctx)
+def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    try:
+        return parse_size(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a size like 512M or 4G") from None
 
 
-class _Numbers(click.ParamType):
-    name = "K,K,…"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        try:
-            numbers = tuple(int(part) for part in value.split(","))
-        except ValueError:
-            numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is not a list of numbers from 1, like 1,5,10", param, ctx)
-        return numbers
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    numbers = value.split(",")
+    if not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise click.BadParameter(f"{value!r} is not a list of numbers from 1, like 1,5,10")
+    return tuple(int(n) for n in numbers)
 
 
 _batch_size = click.option(
@@ -74,7 +63,8 @@ _device = click.option(
 @click.version_option(package_name="clip-retrieval")
 def main() -> None:
     """A FAISS index over images and captions: build, query, evaluate."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("clip_retrieval").setLevel(logging.INFO)  # FAISS's own is too chatty
 
 
 @main.command("build-index")
@@ -90,7 +80,8 @@ def main() -> None:
 )
 @click.option(
     "--max-memory",
-    type=_Size(),
+    callback=_size,
+    metavar="SIZE",
     default="4G",
     show_default=True,
     help="Memory the index may take while it is built.",
@@ -151,8 +142,7 @@ def query(
 
     queries = [Query(text=text) for text in texts]
     for path in images:
-        piped = str(path) == "-"
-        data = click.get_binary_stream("stdin").read() if piped else path.read_bytes()
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         queries.append(Query(image=data, name=str(path)))
     opened = Index(index)
     answers = query_index(opened, queries, k=k, model=model, device=device)
@@ -175,7 +165,12 @@ def query(
 @click.argument("sets", type=_DIRECTORY, nargs=-1, required=True)
 @click.option("--split", default="test", show_default=True, help="Split of each set.")
 @click.option(
-    "--recall-k", type=_Numbers(), default="1,5,10", show_default=True, help="The k of Recall@k."
+    "--recall-k",
+    callback=_numbers,
+    metavar="K,…",
+    default="1,5,10",
+    show_default=True,
+    help="The k of Recall@k.",
 )
 @_batch_size
 @_workers

@@ -10,6 +10,7 @@ exactly, and a model whose embeddings have collapsed scores chance instead of 10
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,10 @@ def recall(
 
 def ranks(images_ND: Tensor, texts_MD: Tensor, owner_M: Tensor) -> tuple[Tensor, Tensor]:
     """How many items come before the first positive: of each text [M], of each image [N]."""
-    # the score of every true pair, as the tiles will compute it
-    pair_M = torch.cat(
-        [
-            (texts.double() * images_ND[owner].double()).sum(1).float()
-            for texts, owner in zip(
-                texts_MD.split(TILE_ITEMS), owner_M.split(TILE_ITEMS), strict=True
-            )
-        ]
-    )
+    pair_M = torch.empty(len(texts_MD), device=texts_MD.device)  # as the tiles compute them
+    for i in range(0, len(texts_MD), TILE_ITEMS):
+        texts, owner = texts_MD[i : i + TILE_ITEMS], owner_M[i : i + TILE_ITEMS]
+        pair_M[i : i + TILE_ITEMS] = (texts.double() * images_ND[owner].double()).sum(1).float()
     best_N = torch.full((len(images_ND),), -math.inf, device=pair_M.device)
     best_N = best_N.scatter_reduce(0, owner_M, pair_M, "amax")
     # the earliest of an image's captions that have its best score
@@ -147,13 +143,13 @@ def chance(positives_Q: Tensor, items: int, k: int) -> float:
 
     With c positives a query misses with the chance that k draws without return avoid them all.
     """
-    misses: list[float] = []
-    counts, queries = torch.unique(positives_Q, return_counts=True)
-    for c, n in zip(counts.tolist(), queries.tolist(), strict=True):
-        others = items - c
-        missed = math.comb(others, k) / math.comb(items, k) if k <= others else 0.0
-        misses.append(missed * n)
-    return 1 - sum(misses) / len(positives_Q)
+    positives: list[int] = positives_Q.cpu().numpy().tolist()
+    k = min(k, items)
+    missed = sum(
+        queries * (math.comb(items - c, k) / math.comb(items, k))
+        for c, queries in Counter(positives).items()
+    )
+    return 1 - missed / len(positives)
 
 
 def _find(path: Path, split: str) -> tuple[Path, str | None]:
@@ -191,8 +187,8 @@ def _embed(
     owner_M = torch.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
     texts_MD = embed_texts(loaded, texts)
     return (
-        torch.from_numpy(np.concatenate(rows)),
-        torch.from_numpy(texts_MD),
+        torch.as_tensor(np.concatenate(rows)),
+        torch.as_tensor(texts_MD),
         owner_M,
         failed,
     )

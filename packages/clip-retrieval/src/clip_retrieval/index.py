@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # noqa: F401
+import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 # isort: split
 import faiss  # after torch: both load OpenMP

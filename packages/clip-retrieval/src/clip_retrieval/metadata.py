@@ -91,7 +91,7 @@ class Metadata:
         return [caption.splitlines()[0] for caption in found if caption]
 
 
-def _open(path: Path) -> pa.Table:
+def _open(path: Path) -> Any:
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:

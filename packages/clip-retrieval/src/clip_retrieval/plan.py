@@ -1,6 +1,7 @@
 """Which index to build, and why: a pure function of count, width, memory and device."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from clip_retrieval.errors import RetrievalError
@@ -120,12 +121,9 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: anything else.
     """
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    number, unit = (
-        (text[:-1], units[text[-1:].upper()]) if text[-1:].upper() in units else (text, 1)
-    )
-    value = int(float(number) * unit)
-    if value <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.upper())
+    value = int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else 0
+    if value == 0:
         raise ValueError(f"{text!r} is not a size above zero")
     return value
 
