@@ -1,0 +1,5 @@
+"""The one exception of this package."""
+
+
+class FinetuneError(ValueError):
+    """An expected failure; the message names thing, found, expected and fix."""

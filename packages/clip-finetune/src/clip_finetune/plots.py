@@ -1,0 +1,76 @@
+"""The ID/OOD plot of WiSE-FT: one curve from the zero-shot star to the fine-tuned diamond."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+
+_INK, _FAINT, _CHOSEN = "#1b4f8a", "#9ab4d0", "#d1495b"
+
+
+def plot_curve(result: dict[str, Any], file: Path) -> None:
+    """Draw `result` (what `measure_curve` returns) as PNG: ID accuracy against mean OOD accuracy.
+
+    Both axes are logit-scaled, on which accuracies under a shift tend to lie on a line.
+    """
+    points = sorted(result["points"], key=lambda point: point["alpha"])
+    x = [_clip(point["test"]["id"]) for point in points]
+    y = [_clip(point["test"]["ood"]) for point in points]
+    figure = Figure(figsize=(6.4, 5.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    each_ood = {
+        name: [_clip(point["test"]["sets"][name]["accuracy"]) for point in points]
+        for name in result["ood"]
+    }
+    _logit_axes(axes, x, [share for each in each_ood.values() for share in each])
+    if len(each_ood) > 1:
+        for name, each in each_ood.items():
+            axes.plot(x, each, color=_FAINT, linewidth=1, zorder=1)
+            axes.annotate(name, (x[-1], each[-1]), (4, 0), fontsize=7, color="#5f7893",
+                          textcoords="offset points", va="center")  # fmt: skip
+    axes.plot(x, y, "o-", color=_INK, markersize=4, label="interpolated", zorder=2)
+    axes.plot(x[:1], y[:1], "*", color=_INK, markersize=15, label="zero-shot (alpha 0)", zorder=3)
+    axes.plot(x[-1:], y[-1:], "D", color=_INK, markersize=9, label="fine-tuned (alpha 1)", zorder=3)
+    alpha = result["chosen"]["alpha"]
+    row = next(row for row, point in enumerate(points) if point["alpha"] == alpha)
+    axes.plot(
+        x[row], y[row], "o", color="none", markeredgecolor=_CHOSEN, markeredgewidth=2,
+        markersize=18, label=f"chosen: alpha {alpha:g} ({result['rule']})", zorder=4,
+    )  # fmt: skip
+    axes.set_xlabel(f"accuracy on {result['id']} (in distribution)")
+    axes.set_ylabel(_ood_label(result["ood"]))
+    axes.legend(frameon=False, fontsize=8, loc="best", labelspacing=0.9)
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def _ood_label(names: list[str]) -> str:
+    return f"accuracy on {names[0]}" if len(names) == 1 else f"mean accuracy on {len(names)} shifts"
+
+
+def _clip(share: float) -> float:
+    """Keep 0 and 1, which have no logit, on the plot."""
+    return min(max(share, 0.001), 0.999)
+
+
+def _logit_axes(axes: Axes, x: list[float], y: list[float]) -> None:
+    axes.set_xscale("logit")
+    axes.set_yscale("logit")
+    axes.set_xlim(_limits(x))
+    axes.set_ylim(_limits(y))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(7))
+        axis.set_major_formatter(PercentFormatter(xmax=1))
+        axis.set_minor_locator(NullLocator())
+    axes.grid(color="#e6e6e6", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _limits(shares: list[float]) -> tuple[float, float]:
+    """A margin of a tenth of the range on either side, in logits; never narrower than 0.2."""
+    logits = [math.log(share / (1 - share)) for share in shares]
+    margin = max(0.1 * (max(logits) - min(logits)), 0.1)
+    low, high = min(logits) - margin, max(logits) + margin
+    return 1 / (1 + math.exp(-low)), 1 / (1 + math.exp(-high))
