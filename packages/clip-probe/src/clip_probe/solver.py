@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_probe.errors import ProbeError
@@ -55,8 +56,9 @@ def fit_grid(
             optimum).
         classes: C.
         grid: the values of C, scikit-learn's inverse regularisation.
-        tolerance: stop where the objective is estimated (by half the Newton decrement) to be within
-            this of its optimum, relatively.
+        tolerance: stop where the objective is estimated (by half the Newton decrement) to be above
+            its optimum by no more than this part of itself, and of what the features have gained
+            over the class frequencies: weak features deserve a solution too.
         max_iterations: stop there in any case.
 
     Raises:
@@ -108,84 +110,85 @@ def _minimise(
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise mean CE + 0.5 penalty ||W||^2 -> (solution [R, C, K], loss [R], converged [R])."""
-    penalised_K = torch.ones_like(x_NK[0])
-    penalised_K[-1] = 0.0
+    samples, width = x_NK.shape
+    target_NC = F.one_hot(labels_N, classes).to(x_NK)
+    pull_CK = target_NC.T @ x_NK / samples  # the gradient's constant part
     curvature_K = x_NK.square().mean(0)
-    target_N1C = torch.nn.functional.one_hot(labels_N, classes).to(x_NK)[:, None]
+    penalised_K = torch.ones_like(curvature_K)
+    penalised_K[-1] = 0.0
 
-    solution = x_NK.new_zeros(len(penalty_R), classes, x_NK.shape[1])
-    final_loss = torch.zeros_like(penalty_R)
+    # start at the class frequencies, the best that an intercept can do
+    frequency_C = target_NC.mean(0)
+    start_loss = -frequency_C @ frequency_C.log()
+    solution = x_NK.new_zeros(len(penalty_R), classes, width)
+    solution[..., -1] = frequency_C.log()
+    final_loss = start_loss.repeat(len(penalty_R))
     done = torch.zeros_like(penalty_R, dtype=torch.bool)
 
-    # the problems still running; each finished one leaves all of these
+    # the problems still running: a finished one leaves all of these
     live = torch.arange(len(penalty_R), device=x_NK.device)
+    ridge_R1K = penalty_R[:, None, None] * penalised_K
     w_RCK = solution.clone()
-    z_NRC = x_NK.new_zeros(len(x_NK), len(live), classes)
-    previous: tuple[Tensor, Tensor] | None = None
-    pairs: list[tuple[Tensor, Tensor]] = []
+    z_NRC = w_RCK[..., -1].repeat(samples, 1, 1)
+    pairs: list[tuple[Tensor, Tensor]] = []  # steps and changes of gradient
+    w_before = grad_before = w_RCK
 
-    for _ in range(max_iterations):
-        penalty_R11 = penalty_R[live, None, None]
-        ridge_R1K = penalty_R11 * penalised_K
+    for iteration in range(max_iterations):
         log_p_NRC = z_NRC.log_softmax(-1)
+        entropy_R = -log_p_NRC[torch.arange(samples), :, labels_N].mean(0)
+        loss_R = entropy_R + 0.5 * _dot(ridge_R1K * w_RCK, w_RCK)
         p_NRC = log_p_NRC.exp()
-        loss_R = -(log_p_NRC * target_N1C).sum((0, 2)) / len(x_NK) + 0.5 * (
-            ridge_R1K * w_RCK.square()
-        ).sum((1, 2))
-        grad_RCK = ((p_NRC - target_N1C).flatten(1).T @ x_NK).view_as(w_RCK) / len(
-            x_NK
-        ) + ridge_R1K * w_RCK
+        slopes_RCK = (p_NRC.flatten(1).T @ x_NK).view_as(w_RCK) / samples - pull_CK
+        grad_RCK = slopes_RCK + ridge_R1K * w_RCK
+        if iteration > 0:
+            pairs = [*pairs[1 - HISTORY :], (w_RCK - w_before, grad_RCK - grad_before)]
 
-        # each class's own block of the Hessian, diagonal in these axes
-        spread_RC1 = (p_NRC * (1 - p_NRC)).mean(0)[..., None].clamp_min(1e-12)
-        inverse_RCK = 1 / (spread_RC1 * curvature_K + ridge_R1K)
-        if previous is not None:
-            pairs = [*pairs[1 - HISTORY :], (w_RCK - previous[0], grad_RCK - previous[1])]
-        step_RCK = -_two_loop(grad_RCK, pairs, inverse_RCK)
-        slope_R = (grad_RCK * step_RCK).sum((1, 2))
+        # the diagonal of each class's own block of the Hessian, in these axes
+        spread_RC = (p_NRC * (1 - p_NRC)).mean(0).clamp_min(1e-12)
+        hessian_RCK = spread_RC[..., None] * curvature_K + ridge_R1K
+        step_RCK = -_two_loop(grad_RCK, pairs, 1 / hessian_RCK)
+        slope_R = _dot(grad_RCK, step_RCK)
 
-        finished_R = -0.5 * slope_R <= tolerance * loss_R
+        gain_R = (start_loss - loss_R).clamp(1e-6 * loss_R, loss_R)
+        finished_R = -0.5 * slope_R <= tolerance * gain_R
         solution[live], final_loss[live], done[live] = w_RCK, loss_R, finished_R
         if finished_R.all():
             break
         if finished_R.any():
             on = ~finished_R
-            live, w_RCK, grad_RCK, step_RCK, slope_R = (
-                t[on] for t in (live, w_RCK, grad_RCK, step_RCK, slope_R)
-            )
-            z_NRC, p_NRC, ridge_R1K = z_NRC[:, on], p_NRC[:, on], ridge_R1K[on]
-            pairs = [(s[on], y[on]) for s, y in pairs]
+            live, ridge_R1K, slope_R = live[on], ridge_R1K[on], slope_R[on]
+            w_RCK, grad_RCK, step_RCK = w_RCK[on], grad_RCK[on], step_RCK[on]
+            z_NRC, pairs = z_NRC[:, on], [(s[on], y[on]) for s, y in pairs]
 
         dz_NRC = (x_NK @ step_RCK.flatten(0, 1).T).view_as(z_NRC)
-        linear_R = (ridge_R1K * w_RCK * step_RCK).sum((1, 2)) - (target_N1C * dz_NRC).sum(
-            (0, 2)
-        ) / len(x_NK)
-        quadratic_R = (ridge_R1K * step_RCK.square()).sum((1, 2))
+        linear_R = _dot(ridge_R1K * w_RCK - pull_CK, step_RCK)
+        quadratic_R = _dot(ridge_R1K * step_RCK, step_RCK)
         t_R = _line_search(z_NRC, dz_NRC, linear_R, quadratic_R, slope_R)
-        previous = (w_RCK, grad_RCK)
+        w_before, grad_before = w_RCK, grad_RCK
         w_RCK = w_RCK + t_R[:, None, None] * step_RCK
         z_NRC = z_NRC + t_R[:, None] * dz_NRC
     return solution, final_loss, done
 
 
+def _dot(a_RCK: Tensor, b_RCK: Tensor) -> Tensor:
+    """The inner product of each problem: [R]."""
+    return (a_RCK * b_RCK).sum((1, 2))
+
+
 def _two_loop(grad_RCK: Tensor, pairs: list[tuple[Tensor, Tensor]], inverse_RCK: Tensor) -> Tensor:
     """Inverse Hessian times gradient, for each problem (Nocedal & Wright, Algorithm 7.4)."""
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum((1, 2), keepdim=True)
-
     q = grad_RCK
+    scales = [(1 / _dot(s, y))[:, None, None] for s, y in pairs]
     alphas: list[Tensor] = []
-    for s, y in reversed(pairs):
-        alpha = dot(s, q) / dot(s, y)
-        q = q - alpha * y
-        alphas.append(alpha)
+    for (s, y), scale in zip(reversed(pairs), reversed(scales), strict=True):
+        alphas.append(scale * _dot(s, q)[:, None, None])
+        q = q - alphas[-1] * y
     if pairs:
         s, y = pairs[-1]
-        inverse_RCK = inverse_RCK * dot(s, y) / dot(y, inverse_RCK * y)
+        inverse_RCK = inverse_RCK * (_dot(s, y) / _dot(y, inverse_RCK * y))[:, None, None]
     r = inverse_RCK * q
-    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
-        r = r + (alpha - dot(y, r) / dot(s, y)) * s
+    for (s, y), scale, alpha in zip(pairs, scales, reversed(alphas), strict=True):
+        r = r + (alpha - scale * _dot(y, r)[:, None, None]) * s
     return r
 
 

@@ -1,0 +1,95 @@
+"""The solver reaches scikit-learn's optimum: objectives compared, not tolerances."""
+
+import numpy as np
+import pytest
+import torch
+from clip_probe import ProbeError, fit_grid
+from scipy.special import log_softmax
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+GRID = [1e-2, 1.0, 1e2, 1e4, 1e6]
+
+
+def objective(
+    x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray, c: float
+) -> float:
+    """scikit-learn's, written down apart from the code under test."""
+    log_p = log_softmax(x @ weight.T + bias, axis=1)
+    return float(-c * log_p[np.arange(len(y)), y].sum() + 0.5 * (weight**2).sum())
+
+
+def features(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training features of length 1, their labels, test features."""
+    data = load_digits()
+    x, train = data.data, 700
+    if kind == "few":  # fewer samples than features
+        x, train = np.hstack([x, np.random.default_rng(1).normal(size=(len(x), 100))]), 50
+    if kind == "offset":  # a mean far larger than the differences, as image embeddings have
+        x = x + 100
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    if kind == "ill-conditioned":  # condition number of the covariance 1e8, axes mixed
+        rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0]
+        x = x @ (rotation * np.logspace(0, -4, 64)) @ rotation.T
+    return x[:train], data.target[:train], x[train:]
+
+
+@pytest.mark.parametrize("kind", ["plain", "few", "offset", "ill-conditioned"])
+def test_optimum_equals_scikit_learn(kind: str) -> None:
+    x, y, test = features(kind)
+    fit = fit_grid(torch.tensor(x), torch.tensor(y), 10, GRID)
+    assert fit.converged.all()
+    for r, c in enumerate(GRID):
+        weight, bias = fit.weight[r].numpy(), fit.bias[r].numpy()
+        ours = objective(x, y, weight, bias, c)
+        assert fit.objective[r].item() == pytest.approx(ours, rel=1e-9)
+        theirs = LogisticRegression(C=c, solver="newton-cg", tol=1e-9, max_iter=1000).fit(x, y)
+        expected = objective(x, y, theirs.coef_, theirs.intercept_, c)
+        assert ours == pytest.approx(expected, rel=1e-6)
+        same = (test @ weight.T + bias).argmax(1) == theirs.predict(test)
+        assert same.mean() >= 0.999
+
+
+def plain() -> tuple[torch.Tensor, torch.Tensor]:
+    x, y, _ = features("plain")
+    return torch.tensor(x), torch.tensor(y)
+
+
+def test_a_grid_in_parts_equals_the_grid_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = plain()
+    whole = fit_grid(x, y, 10, GRID)
+    monkeypatch.setattr("clip_probe.solver.MAX_LOGITS", 2 * 700 * 10)
+    parts = fit_grid(x, y, 10, GRID)
+    assert torch.allclose(whole.objective, parts.objective, rtol=1e-7)
+
+
+def test_float32_features_are_solved_in_float64() -> None:
+    x, y = plain()
+    fit = fit_grid(x.float(), y, 10, [1.0])
+    assert fit.weight.dtype == torch.float64
+    assert fit.objective.item() == pytest.approx(fit_grid(x, y, 10, [1.0]).objective.item(), 1e-6)
+
+
+def test_one_class_has_nothing_to_separate() -> None:
+    fit = fit_grid(torch.eye(3), torch.zeros(3, dtype=torch.int64), 1, [1.0])
+    assert fit.converged.all()
+    assert fit.objective.item() == 0.0
+
+
+def test_stopping_short_is_said() -> None:
+    x, y = plain()
+    assert not fit_grid(x, y, 10, [1e6], max_iterations=3).converged.any()
+
+
+@pytest.mark.parametrize(
+    ("x", "labels", "grid", "says"),
+    [
+        ([[0.0], [float("nan")]], [0, 1], [1.0], "not finite"),
+        ([[0.0], [1.0]], [0, 0], [1.0], "a sample of each of 2 classes"),
+        ([[0.0], [1.0]], [0, 2], [1.0], "a sample of each of 2 classes"),
+        ([[0.0], [1.0]], [0, 1], [0.0], "C must be positive"),
+    ],
+)
+def test_bad_input(x: list[list[float]], labels: list[int], grid: list[float], says: str) -> None:
+    with pytest.raises(ProbeError, match=says):
+        fit_grid(torch.tensor(x), torch.tensor(labels), 2, grid)
