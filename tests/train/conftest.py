@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 SIZES = (20, 25, 5, 20)
-WORDS = "red green blue dog cat tree house moon sun boat".split()
+WORDS = ["red", "green", "blue", "dog", "cat", "tree", "house", "moon", "sun", "boat"]
 
 
 def jpeg(seed: int) -> bytes:

@@ -1,9 +1,12 @@
 """Train CLIP models from WebDataset shards under Accelerate: `train(TrainConfig(...))`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
+
+if TYPE_CHECKING:
+    from clip_train.loop import Summary, train
 
 __all__ = ["Summary", "TrainConfig", "TrainError", "train"]
 

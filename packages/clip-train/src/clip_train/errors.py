@@ -2,4 +2,4 @@
 
 
 class TrainError(ValueError):
-    """An expected failure; the message names the thing, what was found and expected, and the fix."""
+    """An expected failure; the message names the thing, what was found and expected, the fix."""

@@ -3,11 +3,12 @@
 import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from clip_models import save_model
+from torch import Tensor
 from tqdm import tqdm
 
 from clip_train import metrics
@@ -175,15 +176,15 @@ class Trainer:
         judged = max(self.samples, min(len(self.order), 1000))
         if self.position.unreadable > self.config.max_error_share * judged:
             raise TrainError(
-                f"{self.position.unreadable} unreadable samples after {self.samples:,} samples seen, "
-                f"more than --max-error-share {self.config.max_error_share}; they are named above: "
+                f"{self.position.unreadable} unreadable samples after {self.samples:,} seen, "
+                f"more than --max-error-share {self.config.max_error_share}; named above: "
                 "repair the shards (clip-data verify) or raise the share"
             )
         return "go"
 
     def _step(self, batch: Batch) -> Update:
         config, position, device = self.config, self.position, self.accelerator.device
-        # A step's random numbers (patch dropout, drop path) follow from its number: no state to save.
+        # Its random numbers (patch dropout, drop path) follow from its number: no state to save.
         torch.manual_seed(derive_seed(config.seed, position.step, self.accelerator.process_index))
         update = train_step(
             self.wrapped,
@@ -203,7 +204,7 @@ class Trainer:
 
     def _row(self, update: Update) -> metrics.Row:
         """The last step's row for metrics.jsonl, all but the rates. Every process must call it."""
-        loss = self.accelerator.reduce(update.loss, reduction="mean")
+        loss = cast(Tensor, self.accelerator.reduce(update.loss, reduction="mean"))
         return {
             "step": self.position.step,
             "samples": self.samples,

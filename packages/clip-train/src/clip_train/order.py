@@ -4,7 +4,7 @@ The stream is endless, epoch after epoch, and each epoch holds every sample exac
 is shuffled on two levels so that reads stay local: the shards are permuted, cut into windows of a
 few shards, and the samples of each window are permuted. Global batch number `step` is the slice
 `[step * B, (step + 1) * B)` of the stream, whatever the number of processes; a batch at the end of
-an epoch runs on into the next. The position alone is enough to resume anywhere: nothing is replayed.
+an epoch runs on into the next. The position alone is enough to resume: nothing is replayed.
 
 Random numbers are hashes of counters (splitmix64), not a generator's state: they need no seeding
 order and mean the same on every machine and library version.
@@ -23,7 +23,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's output function: a bijection of uint64 that looks random (Steele et al. 2014)."""
+    """splitmix64's output function: a bijection of uint64 that looks random (Steele 2014)."""
     x = x + np.uint64(_GOLDEN)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -100,5 +100,6 @@ def _epoch(order: Order, epoch: int) -> tuple[Ints, Ints]:
 def _window(order: Order, epoch: int, number: int) -> Ints:
     """The sample numbers of one window, shuffled."""
     shards = _epoch(order, epoch)[0][number * order.window : (number + 1) * order.window]
-    samples = np.concatenate([np.arange(order.first[s], order.first[s + 1]) for s in shards])
+    bounds = [(int(order.first[s]), int(order.first[s + 1])) for s in shards]
+    samples = np.concatenate([np.arange(first, last) for first, last in bounds])
     return samples[permutation(len(samples), order.seed, epoch, number)]

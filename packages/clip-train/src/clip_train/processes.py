@@ -4,7 +4,7 @@ import os
 import signal
 from datetime import timedelta
 from types import FrameType
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,9 @@ class Agreement:
 
     def __init__(self, world: int) -> None:
         self.stop_requested = False
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world > 1:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     def __enter__(self) -> Self:
         """From here on SIGTERM and Ctrl-C ask for a stop."""

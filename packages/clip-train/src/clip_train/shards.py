@@ -91,7 +91,7 @@ def _read_sidecar(tar: Path) -> tuple[list[str], dict[str, Spans]] | None:
 
 
 def _scan(tar: Path) -> tuple[list[str], dict[str, Spans]]:
-    """(keys, members) from the tar's own headers, grouped as WebDataset does: up to the first dot."""
+    """(keys, members) from the tar's own headers, grouped as WebDataset does: up to the dot."""
     rows: dict[str, int] = {}
     found: list[tuple[int, str, tuple[int, int]]] = []
     try:
@@ -201,6 +201,6 @@ def count_samples(shards: list[Path]) -> list[int]:
         )
     if not open_shard(filled).pairs():
         raise TrainError(
-            f"{filled}: no image-caption pair; expected members KEY.{{{','.join(IMAGES)}}} and KEY.txt"
+            f"{filled}: no image-caption pair; expected KEY.{{{','.join(IMAGES)}}} and KEY.txt"
         )
     return counts

@@ -59,7 +59,8 @@ def check_run(run: Path, wanted: dict[str, Any]) -> bool:
         changed = [name for name in wanted if wanted[name] != found.get(name)]
         if begun and changed:
             differences = "; ".join(
-                f"--{name.replace('_', '-')} was {_short(found.get(name))}, is {_short(wanted[name])}"
+                f"--{name.replace('_', '-')} was {_short(found.get(name))}, "
+                f"is {_short(wanted[name])}"
                 for name in changed
             )
             raise TrainError(

@@ -18,8 +18,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """open_clip's schedule: linear warm-up, then a cosine to zero. `step` counts from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / (config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    done, steps = step - config.warmup, config.steps - config.warmup
+    return 0.5 * (1 + math.cos(math.pi * done / steps)) * config.lr
 
 
 def decays(name: str, parameter: Tensor) -> bool:

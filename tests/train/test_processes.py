@@ -1,0 +1,184 @@
+"""The command in real processes: started every way it must start, interrupted, and in twos."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from clip_train import metrics
+from safetensors.torch import load_file
+
+from .conftest import ROOT, arguments, run, start, torchrun, write_shard
+
+ALONE = ["clip-train"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "open_clip_model.safetensors")
+
+
+def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    """Return when `step` is in the metrics."""
+    deadline = time.monotonic() + 240
+    while not any(row["step"] >= step for row in metrics.read_rows(output)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_help_is_quick_and_complete() -> None:
+    code = (
+        "import sys; from clip_train.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'accelerate', 'matplotlib'} & sys.modules.keys()"
+    )
+    found = run([sys.executable, "-c", code])
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("Usage: ")
+    for option in ("--samples-seen INTEGER", "--batch-size INTEGER", "[auto|bf16|fp32]"):
+        assert option in found.stdout
+
+
+def test_usage_and_expected_errors(data: Path, tmp_path: Path) -> None:
+    usage = run([*ALONE, *arguments(data, tmp_path / "run", beta1=2)])
+    assert usage.returncode == 2
+    assert "--beta1 is 2.0; it must be at least 0 and below 1" in usage.stderr
+    write_shard(tmp_path / "0.tar", {"a": {"png": b"x"}})
+    failure = run([*ALONE, *arguments(tmp_path, tmp_path / "run")])
+    assert failure.returncode == 1
+    assert failure.stderr.splitlines()[-1].startswith(f"Error: {tmp_path}/0.tar: no image-caption")
+    assert not (tmp_path / "run").exists()
+    assert not usage.stdout + failure.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_launch_from_the_root(data: Path, tmp_path: Path) -> None:
+    launch = ["accelerate", "launch", "--cpu"]
+    found = run([*launch, "clip-train", *arguments(data, tmp_path / "run", samples_seen=64)])
+    assert found.returncode == 0, found.stderr
+    summary = json.loads(found.stdout)
+    assert summary["status"] == "finished"
+    assert summary["model"] == str(tmp_path / "run" / "model")
+    module = [*launch, "-m", "clip_train"]
+    again = run([*module, *arguments(data, tmp_path / "run", samples_seen=64)])
+    assert json.loads(again.stdout)["status"] == "nothing left to do"
+
+
+@pytest.mark.slow
+def test_refuses_processes_that_train_alone(data: Path, tmp_path: Path) -> None:
+    """accelerate's --multi_gpu without GPUs starts two that each believe they are alone."""
+    alone = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
+    hidden = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    found = run([*ALONE, *arguments(data, tmp_path / "run")], **alone, **hidden)
+    assert found.returncode == 1
+    assert "asked for 2 processes, but this one finds 1" in found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
+    """Same global batch: the same losses within 1e-5 for 20 steps, and the same order."""
+    one = run([*ALONE, *arguments(data, tmp_path / "one", batch_size=16)])
+    two = run([*torchrun(2), *arguments(data, tmp_path / "two", batch_size=16)])
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert len(two.stdout.splitlines()) == 1  # rank 0 alone reports
+    rows = list(
+        zip(metrics.read_rows(tmp_path / "one"), metrics.read_rows(tmp_path / "two"), strict=True)
+    )
+    assert len(rows) == 20
+    for alone, shared in rows:
+        assert alone["loss"] == pytest.approx(shared["loss"], abs=1e-5)
+        assert alone["order_hash"] == shared["order_hash"]
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed(data: Path, tmp_path: Path, processes: int) -> None:
+    """SIGKILL at random moments, again and again: the weights of an uninterrupted run."""
+    command = ALONE if processes == 1 else torchrun(processes)
+    settings = {"save_every": 3, "workers": 1}
+    whole = run([*command, *arguments(data, tmp_path / "whole", **settings)])
+    assert whole.returncode == 0, whole.stderr
+    output = tmp_path / "killed"
+    chosen = random.Random(processes)
+    for step in sorted(chosen.sample(range(2, 19), 3)):
+        process = start([*command, *arguments(data, output, **settings)])
+        wait_for_step(process, output, step)
+        kill_all(process.pid)
+        process.communicate()
+    resumed = run([*command, *arguments(data, output, **settings)])
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["order_hash"] == json.loads(whole.stdout)["order_hash"]
+    expected, found = weights(tmp_path / "whole"), weights(output)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [row["step"] for row in metrics.read_rows(output)] == list(range(1, 21))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_stops_both(data: Path, tmp_path: Path) -> None:
+    """Rank 1 alone is told; both stop after the same step, and one process can go on."""
+    output = tmp_path / "run"
+    settings = {"samples_seen": 1600}
+    process = start([*torchrun(2), *arguments(data, output, **settings)])
+    wait_for_step(process, output, 3)
+    ranks = [pid for pid in children(process.pid) if environment_of(pid).get("RANK") == "1"]
+    os.kill(ranks[0], signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    summary = json.loads(out)
+    assert summary["status"] == "stopped", err
+    assert 3 <= summary["step"] < 100
+    assert "exitcode  : 3" in err  # torchrun's own is 1
+    state = json.loads((output / f"state/step-{summary['step']:08}/state.json").read_text())
+    assert state["order_hash"] == summary["order_hash"]
+    finished = run([*ALONE, *arguments(data, output, **settings)])
+    assert json.loads(finished.stdout)["status"] == "finished", finished.stderr
+
+
+def test_sigterm_exits_with_3(data: Path, tmp_path: Path) -> None:
+    process = start([*ALONE, *arguments(data, tmp_path / "run", samples_seen=16000, workers=2)])
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert json.loads(out)["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run(data: Path, tmp_path: Path) -> None:
+    process = start([*torchrun(2), *arguments(data, tmp_path / "run", samples_seen=160000)])
+    wait_for_step(process, tmp_path / "run", 2)
+    ranks = [pid for pid in children(process.pid) if environment_of(pid).get("RANK") == "1"]
+    os.kill(ranks[0], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def children(pid: int) -> list[int]:
+    """All descendants of a process."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    direct = [int(child) for task in tasks for child in task.read_text().split()]
+    return direct + [below for child in direct for below in children(child)]
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.partition("=")[::2] for entry in entries if "=" in entry)
+
+
+def kill_all(pid: int) -> None:
+    for victim in [pid, *children(pid)]:
+        os.kill(victim, signal.SIGKILL)
+
+
+def test_root_file_is_for_launchers() -> None:
+    text = (ROOT / "clip-train").read_text()
+    assert text.startswith("from clip_train.cli import main\n")
+    assert len([line for line in text.splitlines() if line]) == 3
