@@ -12,7 +12,7 @@ import torch
 from clip_models import CLIP, ModelConfig, Preprocess, save_model
 from PIL import Image
 
-WORDS = "red blue cat dog house tree river cloud stone light old small".split()
+WORDS = ["red", "blue", "cat", "dog", "house", "tree", "river", "cloud", "stone", "light"]
 
 
 def make_model(path: Path, seed: int = 0) -> Path:

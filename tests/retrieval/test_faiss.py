@@ -24,12 +24,12 @@ def clustered(count: int, seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def stored_ND() -> np.ndarray:
+def stored() -> np.ndarray:
     return clustered(COUNT, seed=1).astype(np.float16)
 
 
 @pytest.fixture(scope="module")
-def text_QD() -> np.ndarray:
+def texts() -> np.ndarray:
     """Queries shifted off the cloud, as captions are."""
     shift = np.random.default_rng(9).normal(size=DIM).astype(np.float32)
     return unit_rows(clustered(300, seed=2) + 0.1 * shift)
@@ -46,71 +46,68 @@ def plan_of(family: str) -> Plan:
     return Plan(family, factory, "test", 0, 0, 0, parameter, largest, oversample)
 
 
-def test_flat_equals_faiss_flat(stored_ND: np.ndarray, text_QD: np.ndarray) -> None:
-    index = faiss_index.fill(plan_of("flat"), stored_ND, np.arange(COUNT))
-    rows_QK, scores_QK = faiss_index.search(index, stored_ND, text_QD, 10, 1)
+def test_flat_equals_faiss_flat(stored: np.ndarray, texts: np.ndarray) -> None:
+    index = faiss_index.fill(plan_of("flat"), stored, np.arange(COUNT))
+    rows_QK, scores_QK = faiss_index.search(index, stored, texts, 10, 1)
     flat = faiss.IndexFlatIP(DIM)
-    flat.add(unit_rows(stored_ND))
-    expected_scores, expected_rows = flat.search(text_QD, 10)
+    flat.add(unit_rows(stored))
+    expected_scores, expected_rows = flat.search(texts, 10)
     np.testing.assert_array_equal(rows_QK, expected_rows)
     np.testing.assert_allclose(scores_QK, expected_scores, atol=1e-6)
 
 
-def test_exact_search_equals_float64(stored_ND: np.ndarray, text_QD: np.ndarray) -> None:
+def test_exact_search_equals_float64(stored: np.ndarray, texts: np.ndarray) -> None:
     some = np.arange(0, COUNT, 3)
-    rows_QK, scores_QK = exact_search(stored_ND, text_QD, 10, some, block=1000)
-    vectors = stored_ND.astype(np.float64)
+    rows_QK, scores_QK = exact_search(stored, texts, 10, some, block=1000)
+    vectors = stored.astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    scores = text_QD.astype(np.float64) @ vectors[some].T
+    scores = texts.astype(np.float64) @ vectors[some].T
     np.testing.assert_array_equal(rows_QK, some[np.argsort(-scores, axis=1)[:, :10]])
     np.testing.assert_allclose(scores_QK, -np.sort(-scores, axis=1)[:, :10], atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["hnsw", "ivf-sq8"])
 def test_tuned_to_the_target(
-    family: str, stored_ND: np.ndarray, text_QD: np.ndarray, tmp_path: Path
+    family: str, stored: np.ndarray, texts: np.ndarray, tmp_path: Path
 ) -> None:
     plan = plan_of(family)
     order = np.random.default_rng(0).permutation(COUNT)
     kept_out, kept = order[:300], order[300:]
-    index = faiss_index.fill(plan, stored_ND, kept)
-    queries = {"image": unit_rows(stored_ND[kept_out]), "text": text_QD}
-    held_out = {k: faiss_index.Queries.prepare(q, stored_ND, kept) for k, q in queries.items()}
-    value, recall = faiss_index.tune(index, plan, stored_ND, held_out, 0.95)
+    index = faiss_index.fill(plan, stored, kept)
+    queries = {"image": unit_rows(stored[kept_out]), "text": texts}
+    held_out = {k: faiss_index.Queries.prepare(q, stored, kept) for k, q in queries.items()}
+    value, recall = faiss_index.tune(index, plan, stored, held_out, 0.95)
     assert 1 <= value < plan.largest
     assert min(recall.values()) >= 0.93  # 150 queries: within their own error of 0.95
 
     # with the rows kept out added, read from disk: fresh queries against FAISS flat
-    faiss_index.add(index, stored_ND, kept_out)
+    faiss_index.add(index, stored, kept_out)
     faiss_index.write_index(index, tmp_path / "image.index")
     again = faiss_index.read_index(tmp_path / "image.index")
     assert again.ntotal == COUNT
     faiss_index.set_parameter(again, plan.parameter, value)
     fresh = clustered(500, seed=5)
-    rows_QK, scores_QK = faiss_index.search(again, stored_ND, fresh, 10, plan.oversample)
+    rows_QK, scores_QK = faiss_index.search(again, stored, fresh, 10, plan.oversample)
     flat = faiss.IndexFlatIP(DIM)
-    flat.add(unit_rows(stored_ND))
+    flat.add(unit_rows(stored))
     expected = flat.search(fresh, 10)[1]
     found = np.mean([len(set(a) & set(b)) for a, b in zip(rows_QK, expected, strict=True)]) / 10
     assert found >= 0.94
     # the similarities are the exact ones, of the rows they stand beside
-    exact = np.einsum("qd,qkd->qk", fresh, unit_rows(stored_ND[rows_QK]))
+    exact = np.einsum("qd,qkd->qk", fresh, unit_rows(stored[rows_QK]))
     np.testing.assert_allclose(scores_QK, exact, atol=1e-6)
     # a picture that is in the index finds itself
     own_rows, own_scores = faiss_index.search(
-        again, stored_ND, unit_rows(stored_ND[kept_out]), 1, plan.oversample
+        again, stored, unit_rows(stored[kept_out]), 1, plan.oversample
     )
     assert np.mean(own_rows[:, 0] == kept_out) > 0.98
     assert np.abs(own_scores[own_rows[:, 0] == kept_out] - 1).max() < 1e-3
 
 
 def test_plan_factories_are_faiss_own() -> None:
-    """Every string the plan can write builds an index of the size it states."""
-    for memory, expected in (
-        (1 << 30, "IndexHNSWSQ"),
-        (40 << 20, "IndexIVFScalarQuantizer"),
-    ):
-        plan = plan_index(40_000, 512, max_memory=memory)
+    """FAISS understands the strings the plan writes for larger sets."""
+    for gpu, expected in ((False, "IndexHNSWSQ"), (True, "IndexIVFScalarQuantizer")):
+        plan = plan_index(40_000, 512, max_memory=1 << 30, gpu=gpu)
         index = faiss.index_factory(512, plan.factory, faiss.METRIC_INNER_PRODUCT)
         inner = faiss.downcast_index(index.index) if plan.family == "hnsw" else index
         assert type(inner).__name__ == expected
@@ -119,13 +116,13 @@ def test_plan_factories_are_faiss_own() -> None:
 @pytest.mark.parametrize("family", ["flat", "hnsw", "ivf-sq8"])
 def test_index_bytes_are_as_planned(family: str, tmp_path: Path) -> None:
     """Within 5% of the file, at a width where a vector outweighs what surrounds it."""
-    stored_ND = np.random.default_rng(0).normal(size=(4000, 256)).astype(np.float16)
+    stored = np.random.default_rng(0).normal(size=(4000, 256)).astype(np.float16)
     count = {"flat": 1 << 10, "hnsw": 4000, "ivf-sq8": 4000}[family]
     per_vector = {"flat": 4 * 256 + 8, "hnsw": 256 + 256 + 8 + 12, "ivf-sq8": 256 + 8}[family]
     plan = plan_of(family)
     factory = "IVF16,SQ8" if family == "ivf-sq8" else plan.factory
     plan = Plan(family, factory, "test", 0, 0, 0)
-    index = faiss_index.fill(plan, stored_ND, np.arange(count))
+    index = faiss_index.fill(plan, stored, np.arange(count))
     faiss_index.write_index(index, tmp_path / "image.index")
     assert (tmp_path / "image.index").stat().st_size == pytest.approx(count * per_vector, rel=0.05)
 

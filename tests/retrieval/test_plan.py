@@ -42,5 +42,5 @@ def test_list_count() -> None:
 def test_sizes() -> None:
     assert [parse_size(t) for t in ("4G", "512m", "1.5K", "7")] == [4 * GB, 512 << 20, 1536, 7]
     for text in ("", "four", "0", "-1G", "4GiB", "inf", "nan"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="is not a size"):
             parse_size(text)

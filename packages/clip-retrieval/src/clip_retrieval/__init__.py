@@ -7,16 +7,16 @@ from clip_retrieval.errors import RetrievalError
 
 if TYPE_CHECKING:
     from clip_retrieval.build import build_index
-    from clip_retrieval.evaluate import evaluate
+    from clip_retrieval.evaluate import evaluate_retrieval
     from clip_retrieval.search import Index, Query, query_index
 
-__all__ = ["Index", "Query", "RetrievalError", "build_index", "evaluate", "query_index"]
+__all__ = ["Index", "Query", "RetrievalError", "build_index", "evaluate_retrieval", "query_index"]
 
 _HOMES = {
     "Index": "search",
     "Query": "search",
     "build_index": "build",
-    "evaluate": "evaluate",
+    "evaluate_retrieval": "evaluate",
     "query_index": "search",
 }
 

@@ -1,12 +1,7 @@
 """Shards and a model directory -> an index directory.
 
-INDEX/image.index       FAISS
-INDEX/embeddings.npy    float16, a row per picture, for exact scores
-INDEX/metadata.arrow    key, caption, json and place in the shards, a row per picture
-INDEX/index.json        what it was made from, the plan, the recall measured
-
-All of it is made in INDEX.partial/ and renamed as a whole: a reader never sees half an index. A
-build that is killed leaves INDEX.partial/parts/, one file per shard done, and continues there.
+It is made in INDEX.partial/ and renamed as a whole: a reader never sees half an index. A build
+that is killed leaves INDEX.partial/parts/, one file per shard done, and continues from there.
 """
 
 # N rows, D embedding width
@@ -29,15 +24,14 @@ from clip_models import LoadedModel, load_model
 from clip_retrieval import index as faiss_index
 from clip_retrieval.embed import check_failures, embed_images, embed_texts, pick_device
 from clip_retrieval.errors import RetrievalError
+from clip_retrieval.layout import read_facts, write_facts
 from clip_retrieval.metadata import Metadata, merge_parts, part_counts, write_part
-from clip_retrieval.plan import plan_index, size
-from clip_retrieval.shards import list_shards
+from clip_retrieval.plan import Plan, plan_index, size
+from clip_retrieval.shards import list_shards, read_samples
 from clip_retrieval.vectors import Float16, Int64, open_vectors, unit_rows
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-FILES = ("image.index", "embeddings.npy", "metadata.arrow")
 _HELD_OUT = 1_000  # queries of each kind, at most a tenth of the pictures
 
 
@@ -70,18 +64,24 @@ def build_index(
     loaded = load_model(model, where)
     inputs = _inputs(loaded, shards, tars)
     settings = {"target_recall": target_recall, "max_memory": max_memory}
-    partial = index.with_name(index.name + ".partial")
+    partial = index.parent / f"{index.name}.partial"
     if index.exists():
-        facts = _finished(index, inputs, settings)
+        if not (index / "index.json").is_file():
+            raise RetrievalError(f"{index} exists and is no index; give another path")
+        facts = read_facts(index)
+        _refuse_other(index, facts["inputs"] | facts["settings"], inputs | settings)
         shutil.rmtree(partial, ignore_errors=True)
-        return _summary(index, "nothing left to do", facts)
+        return _summary(index, "nothing left to do")
 
+    count = sum(1 for tar in tars for sample in read_samples(tar) if sample.image)
+    if not count:
+        raise RetrievalError(f"{shards}: its shards hold no images (jpg, jpeg, png, webp members)")
+    plan, gpu = _plan(count, loaded.config.embed_dim, max_memory, where)
     parts = _embed_parts(loaded, tars, partial, inputs, batch_size, workers)
     whole = partial / "index"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
-    facts = {
-        "format": FORMAT,
+    facts: dict[str, Any] = {
         "tool": f"clip-retrieval {version('clip-retrieval')}",
         "model": str(model.resolve()),
         "shards": str(shards.resolve()),
@@ -89,15 +89,15 @@ def build_index(
         "settings": settings,
         **_merge(parts, whole, shards, loaded.config.embed_dim),
     }
-    facts |= _build(loaded, whole, where, target_recall, max_memory)
-    facts["bytes"] = {name: (whole / name).stat().st_size for name in FILES}
-    (whole / "index.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    facts |= {"plan": asdict(plan), **_build(loaded, plan, whole, target_recall, gpu=gpu)}
+    write_facts(whole, facts)
     os.rename(whole, index)
     shutil.rmtree(partial)
-    return _summary(index, "built", facts)
+    return _summary(index, "built")
 
 
-def _summary(index: Path, status: str, facts: dict[str, Any]) -> dict[str, Any]:
+def _summary(index: Path, status: str) -> dict[str, Any]:
+    facts = read_facts(index)
     shown = ("images", "failed", "dim", "plan", "search", "recall@10", "held_out", "bytes")
     return {"index": str(index), "status": status} | {name: facts[name] for name in shown}
 
@@ -115,29 +115,28 @@ def _inputs(loaded: LoadedModel, shards: Path, tars: Sequence[Path]) -> dict[str
     }
 
 
-def _finished(index: Path, inputs: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The index.json of an index that is there already, if it is this one."""
-    path = index / "index.json"
-    if not path.is_file():
-        raise RetrievalError(f"{index} exists and is not an index; give another path")
-    facts: dict[str, Any] = json.loads(path.read_bytes())
-    for name, wanted in (inputs | settings).items():
-        found = (facts["inputs"] | facts["settings"]).get(name)
-        _refuse_other(index, name, found, wanted)
-    return facts
+def _refuse_other(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise RetrievalError(
+                f"{path} was made with another {name.replace('_', ' ')} "
+                f"({str(found.get(name))[:40]}; now {str(value)[:40]}); "
+                "give another path, or delete it to build it anew"
+            )
 
 
-def _refuse_other(path: Path, name: str, found: object, wanted: object) -> None:
-    if found != wanted:
-        raise RetrievalError(
-            f"{path} was made with another {name} ({_short(found)}; now {_short(wanted)}); "
-            "give another path, or delete it to build it anew"
-        )
-
-
-def _short(value: object) -> str:
-    text = f"{len(value)} shards" if isinstance(value, dict) else str(value)  # pyright: ignore[reportUnknownArgumentType]
-    return text if len(text) <= 40 else text[:37] + "…"
+def _plan(count: int, dim: int, max_memory: int, device: torch.device) -> tuple[Plan, bool]:
+    """The plan, said before the work starts, and whether FAISS uses a GPU for it."""
+    gpu = device.type == "cuda" and faiss_index.faiss_has_gpu()
+    if device.type == "cuda" and not gpu:
+        log.info("this faiss sees no GPU: the index is built on the CPU")
+    plan = plan_index(count, dim, max_memory=max_memory, gpu=gpu)
+    log.info(
+        "plan: %s for %s vectors of %d numbers: %s; %s in memory, %s to build",
+        *(plan.family, f"{count:,}", dim, plan.why),
+        *(size(plan.index_bytes), size(plan.build_bytes)),
+    )
+    return plan, gpu
 
 
 def _embed_parts(
@@ -149,19 +148,22 @@ def _embed_parts(
     workers: int,
 ) -> list[Path]:
     """Embed the shards that have no part yet; the paths of all parts in the order of the tars."""
-    begun = partial / "inputs.json"
+    begun = partial / "model.json"
+    model = {name: inputs[name] for name in ("fingerprint", "preprocess")}
     if begun.is_file():
-        found: dict[str, Any] = json.loads(begun.read_bytes())
-        for name, wanted in inputs.items():
-            _refuse_other(partial, name, found.get(name), wanted)
+        _refuse_other(partial, json.loads(begun.read_bytes()), model)
     else:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "parts").mkdir(parents=True)
-        temporary = partial / "inputs.json.tmp"
-        temporary.write_text(json.dumps(inputs), encoding="utf-8")
+        temporary = partial / "model.json.tmp"
+        temporary.write_text(json.dumps(model), encoding="utf-8")
         os.replace(temporary, begun)
 
-    part_of = {tar: partial / "parts" / f"{tar.stem}.arrow" for tar in tars}
+    # a shard that was repaired meanwhile has another name here, and is embedded again
+    part_of = {
+        tar: partial / "parts" / f"{tar.stem}-{tar.stat().st_size}-{tar.stat().st_mtime_ns}.arrow"
+        for tar in tars
+    }
     missing = [tar for tar in tars if not part_of[tar].is_file()]
     if missing and len(missing) < len(tars):
         log.info("%d of %d shards are embedded already", len(tars) - len(missing), len(tars))
@@ -175,10 +177,6 @@ def _merge(parts: Sequence[Path], whole: Path, shards: Path, dim: int) -> dict[s
     counts = [part_counts(part) for part in parts]
     images, failed = sum(c[0] for c in counts), sum(c[1] for c in counts)
     check_failures(failed, images + failed, shards)
-    if not images:
-        raise RetrievalError(
-            f"{shards}: its {len(parts)} shards hold no images (jpg, jpeg, png or webp members)"
-        )
     stored_ND = np.lib.format.open_memmap(
         whole / "embeddings.npy", mode="w+", dtype=np.float16, shape=(images, dim)
     )
@@ -191,19 +189,10 @@ def _merge(parts: Sequence[Path], whole: Path, shards: Path, dim: int) -> dict[s
 
 
 def _build(
-    loaded: LoadedModel, whole: Path, device: torch.device, target: float, max_memory: int
+    loaded: LoadedModel, plan: Plan, whole: Path, target: float, *, gpu: bool
 ) -> dict[str, Any]:
-    """Plan, fill, tune and write image.index; returns the plan, the parameters and the recall."""
+    """Fill, tune and write image.index; returns the search's parameters and the recall."""
     stored_ND = open_vectors(whole / "embeddings.npy")
-    gpu = device.type == "cuda" and faiss_index.faiss_has_gpu()
-    if device.type == "cuda" and not gpu:
-        log.info("this faiss sees no GPU: the index is built on the CPU")
-    plan = plan_index(*stored_ND.shape, max_memory=max_memory, gpu=gpu)
-    log.info(
-        "plan: %s for %s vectors of %d numbers: %s; %s in memory, %s to build",
-        *(plan.family, f"{len(stored_ND):,}", stored_ND.shape[1], plan.why),
-        *(size(plan.index_bytes), size(plan.build_bytes)),
-    )
     rows = np.random.default_rng(0).permutation(len(stored_ND)).astype(np.int64)
     held = min(_HELD_OUT, len(rows) // 10)
     kept_out, kept = np.sort(rows[:held]), np.sort(rows[held:])
@@ -218,7 +207,6 @@ def _build(
         log.warning("recall@10 is below the target of %s at the widest search: %s", target, recall)
     log.info("recall@10 on held-out queries: %s", recall or "not measured, too few images")
     return {
-        "plan": asdict(plan),
         "search": {"parameter": plan.parameter, "value": value, "oversample": plan.oversample},
         "recall@10": recall,
         "held_out": {kind: len(q.queries_QD) for kind, q in held_out.items()},

@@ -181,7 +181,7 @@ def eval_command(**arguments: Any) -> None:
     A SET is a directory in CLIP_benchmark's layout, one caption per line in its .txt members, or
     a directory of training shards.
     """
-    from clip_retrieval.evaluate import evaluate
+    from clip_retrieval.evaluate import evaluate_retrieval
 
-    for result in evaluate(**arguments):
+    for result in evaluate_retrieval(**arguments):
         click.echo(json.dumps(result))

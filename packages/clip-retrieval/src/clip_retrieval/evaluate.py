@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 TILE_QUERIES, TILE_ITEMS = 1024, 4096  # 50 MB of scores at a time
 
 
-def evaluate(
+def evaluate_retrieval(
     model: Path,
     sets: Sequence[Path],
     *,

@@ -2,7 +2,6 @@
 
 # N rows, Q queries, D embedding width, K hits
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 from clip_models import LoadedModel, ModelError, load_model
 
 from clip_retrieval import index as faiss_index
-from clip_retrieval.build import FILES, FORMAT
 from clip_retrieval.embed import embed_image, embed_texts, pick_device
 from clip_retrieval.errors import RetrievalError
+from clip_retrieval.layout import read_facts
 from clip_retrieval.metadata import Metadata
 from clip_retrieval.shards import read_span
 from clip_retrieval.vectors import Float16, Float32, open_vectors
@@ -76,7 +75,7 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.facts = _read_facts(path)
+        self.facts = read_facts(path)
         self._faiss = faiss_index.read_index(path / "image.index")
         self._vectors_ND: Float16 = open_vectors(path / "embeddings.npy")
         self._metadata = Metadata(path / "metadata.arrow")
@@ -193,27 +192,3 @@ def query_index(
             raise RetrievalError(f"image {query.name}: {error}") from error
     found = index.nearest(np.concatenate(rows), k)
     return [Answer(query, hits) for query, hits in zip(queries, found, strict=True)]
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    file = path / "index.json"
-    if not file.is_file():
-        raise RetrievalError(
-            f"{path} is no index (no index.json); make one with "
-            f"`clip-retrieval build-index MODEL SHARDS {path}`"
-        )
-    try:
-        facts: dict[str, Any] = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise RetrievalError(f"{file} is not JSON ({error}); build the index again") from error
-    if facts.get("format") != FORMAT:
-        raise RetrievalError(
-            f"{file}: format {facts.get('format')}, expected {FORMAT}; build the index again"
-        )
-    for name in FILES:
-        found = (path / name).stat().st_size if (path / name).is_file() else "no file"
-        if found != (expected := facts["bytes"][name]):
-            raise RetrievalError(
-                f"{path / name}: {found}, expected {expected} bytes; build the index again"
-            )
-    return facts

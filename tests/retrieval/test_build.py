@@ -1,0 +1,275 @@
+"""Building: what is written, that it is whole, and that an interrupted build continues."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from clip_models import load_model
+from clip_retrieval import Index, RetrievalError, build, build_index
+from clip_retrieval.shards import read_samples
+
+from .conftest import caption, make_shards, picture, training_sample, write_tar
+
+
+class Killed(BaseException):
+    """Like SIGKILL, nothing may catch it."""
+
+
+def contents(index: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(index.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def index(model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("built") / "index"
+    result = build_index(model, shards, path, workers=0)
+    assert result["status"] == "built"
+    assert not path.with_name("index.partial").exists()
+    return path
+
+
+def test_rows_are_the_pictures_in_order(index: Path, model: Path) -> None:
+    opened = Index(index)
+    loaded = load_model(model)
+    assert len(opened) == 40
+    assert set(contents(index)) == {
+        "embeddings.npy",
+        "image.index",
+        "index.json",
+        "metadata.arrow",
+    }
+    stored = np.load(index / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+    assert (stored.dtype, stored.shape) == (np.float16, (40, 32))
+    for row, (shard, place) in {0: (0, 0), 19: (0, 19), 20: (1, 0), 39: (2, 6)}.items():
+        seed = shard * 1000 + place
+        assert opened.image(row) == picture(seed)
+        pixels = loaded.preprocess.normalize(loaded.preprocess.eval(picture(seed))[None])
+        expected = loaded.model.encode_image(pixels, normalize=True)[0].detach().numpy()
+        np.testing.assert_allclose(stored[row], expected, atol=1e-3)
+        hit = opened.nearest(expected[None], 1)[0][0]
+        assert (hit.row, hit.key) == (row, f"{shard:05d}{place:04d}")
+        assert (hit.caption, hit.json) == (caption(seed), {"seed": seed})
+        assert hit.similarity == pytest.approx(1, abs=1e-3)
+
+
+def test_facts(index: Path, model: Path) -> None:
+    facts = json.loads((index / "index.json").read_text())
+    assert facts["images"] == 40
+    assert facts["dim"] == 32
+    assert facts["inputs"]["fingerprint"] == load_model(model).fingerprint
+    assert facts["plan"]["family"] == "flat"
+    assert facts["recall@10"] == {"image": 1.0, "text": 1.0}
+    assert facts["held_out"] == {"image": 4, "text": 4}
+    assert facts["bytes"]["embeddings.npy"] == (index / "embeddings.npy").stat().st_size
+
+
+def test_again_there_is_nothing_to_do(index: Path, model: Path, shards: Path) -> None:
+    before = contents(index)
+    assert build_index(model, shards, index)["status"] == "nothing left to do"
+    assert contents(index) == before
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_workers_and_sidecars_change_nothing(
+    index: Path, model: Path, shards: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """Two workers, other batches, and clip-data's sidecar indexes in place of a scan."""
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    for tar in copy.glob("*.tar"):
+        samples = list(read_samples(tar))
+        extensions = list(samples[0].members)
+        sidecar = {
+            "format": 1,
+            "tar_bytes": tar.stat().st_size,
+            "keys": [s.key for s in samples],
+            "members": {e: [s.members[e] for s in samples] for e in extensions},
+        }
+        tar.with_suffix(".index.json").write_text(json.dumps(sidecar))
+    build_index(model, copy, tmp_path / "index", workers=2, batch_size=batch_size)
+    new, old = contents(tmp_path / "index"), contents(index)
+    assert new["metadata.arrow"] == old["metadata.arrow"]
+    a, b = (np.load(p / "embeddings.npy").astype(np.float32) for p in (tmp_path / "index", index))
+    np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (build, "write_part", 1),
+        (build, "write_part", 3),
+        (build, "merge_parts", 1),
+        (build.faiss_index, "write_index", 1),
+        (build, "write_facts", 1),
+        (build.os, "rename", 1),
+        (build.shutil, "rmtree", 3),
+    ],
+)
+def test_a_killed_build_continues(
+    index: Path, model: Path, shards: Path, tmp_path: Path, owner: Any, name: str, call: int
+) -> None:
+    original, calls = getattr(owner, name), 0
+
+    def killing(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return original(*arguments, **options)
+
+    new = tmp_path / "index"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, killing)
+        with pytest.raises(Killed):
+            build_index(model, shards, new, workers=0)
+    parts = sorted((tmp_path / "index.partial").glob("parts/*.arrow"))
+    times = [part.stat().st_mtime_ns for part in parts]
+    assert new.exists() == (name == "rmtree")
+    embedded: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            build,
+            "write_part",
+            lambda path, part, write=build.write_part: (embedded.append(path), write(path, part)),
+        )
+        build_index(model, shards, new, workers=0)
+    if name != "rmtree":
+        assert len(embedded) == 3 - len(times)  # what was done is not done again
+    assert contents(new) == contents(index)
+    assert not (tmp_path / "index.partial").exists()
+
+
+@pytest.mark.slow
+def test_sigkill(index: Path, model: Path, shards: Path, tmp_path: Path) -> None:
+    new = tmp_path / "index"
+    command = ["-c", "from clip_retrieval.cli import main; main()", "build-index"]
+    arguments = [*map(str, (model, shards, new)), "--workers", "0", "--batch-size", "1"]
+    process = subprocess.Popen([sys.executable, *command, *arguments])
+    while process.poll() is None and not list(tmp_path.glob("index.partial/parts/*.arrow")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    build_index(model, shards, new, workers=0)
+    assert contents(new) == contents(index)
+
+
+def test_other_inputs_are_refused(
+    index: Path, model: Path, other_model: Path, shards: Path, tmp_path: Path
+) -> None:
+    before = contents(index)
+    with pytest.raises(RetrievalError, match="another fingerprint"):
+        build_index(other_model, shards, index)
+    with pytest.raises(RetrievalError, match="another shard bytes"):
+        build_index(model, make_shards(tmp_path / "fewer", (20,)), index)
+    with pytest.raises(RetrievalError, match="another target recall"):
+        build_index(model, shards, index, target_recall=0.9)
+    assert contents(index) == before
+    (tmp_path / "something").mkdir()
+    with pytest.raises(RetrievalError, match="exists and is no index"):
+        build_index(model, shards, tmp_path / "something")
+
+
+def test_a_begun_build_keeps_its_model(
+    model: Path, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_shards(tmp_path / "shards", (5,))
+
+    def stop(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "merge_parts", stop)
+        with pytest.raises(Killed):
+            build_index(model, shards, tmp_path / "index", workers=0)
+    with pytest.raises(RetrievalError, match=r"index.partial was made with another fingerprint"):
+        build_index(other_model, shards, tmp_path / "index", workers=0)
+
+
+def broken_shard(path: Path, good: int, bad: int) -> Path:
+    samples = [training_sample(0, row) for row in range(good)]
+    samples += [(f"bad{n:06d}", {"jpg": b"\xff\xd8 no", "txt": b"x"}) for n in range(bad)]
+    write_tar(path / "00000.tar", samples)
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_is_counted(
+    model: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = broken_shard(tmp_path / "shards", good=30, bad=1)
+    result = build_index(model, shards, tmp_path / "index", workers=workers)
+    assert (result["images"], result["failed"]) == (30, 1)
+    assert "00000.tar: 1 of 31 images could not be read; first: bad000000" in caplog.text
+
+
+def test_many_corrupt_images_stop_the_build(model: Path, tmp_path: Path) -> None:
+    shards = broken_shard(tmp_path / "shards", good=30, bad=2)
+    with pytest.raises(RetrievalError, match="2 of 32 images could not be read, more than 5%"):
+        build_index(model, shards, tmp_path / "index", workers=0)
+    assert not (tmp_path / "index").exists()
+    # repaired, the same command completes
+    broken_shard(shards, good=32, bad=0)
+    assert build_index(model, shards, tmp_path / "index", workers=0)["images"] == 32
+
+
+def test_no_images(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RetrievalError, match="is not a directory"):
+        build_index(model, tmp_path / "nowhere", tmp_path / "index")
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(RetrievalError, match=r"holds no .tar shard"):
+        build_index(model, tmp_path / "shards", tmp_path / "index")
+    write_tar(tmp_path / "shards" / "00000.tar", [("000000000", {"txt": b"words"})])
+    with pytest.raises(RetrievalError, match="hold no images"):
+        build_index(model, tmp_path / "shards", tmp_path / "index")
+    (tmp_path / "shards" / "nshards.txt").write_text("2\n")
+    with pytest.raises(RetrievalError, match=r"0.tar is missing"):
+        build_index(model, tmp_path / "shards", tmp_path / "index")
+    assert not list(tmp_path.glob("index*"))
+
+
+def test_a_truncated_shard(model: Path, shards: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    tar = copy / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:20_000])
+    with pytest.raises(RetrievalError, match=r"00001.tar is not a whole uncompressed tar"):
+        build_index(model, copy, tmp_path / "index")
+
+
+def test_without_captions_only_images_are_asked(model: Path, tmp_path: Path) -> None:
+    samples = [(f"s{n:07d}", {"png": picture(n), "cls": b"3"}) for n in range(20)]
+    write_tar(tmp_path / "set" / "0.tar", samples)
+    (tmp_path / "set" / "nshards.txt").write_text("1\n")
+    result = build_index(model, tmp_path / "set", tmp_path / "index", workers=0)
+    assert result["held_out"] == {"image": 2}
+    hit = Index(tmp_path / "index").nearest(np.eye(32, dtype=np.float32)[:1], 1)[0][0]
+    assert (hit.caption, hit.json) == (None, None)
+
+
+def test_one_image(model: Path, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "shards", (1,))
+    result = build_index(model, shards, tmp_path / "index", workers=0)
+    assert (result["images"], result["recall@10"]) == (1, {})
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_larger_families_end_to_end(
+    model: Path, tmp_path: Path, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph, and lists as a build with a GPU plans them, on a set that is kept small."""
+    monkeypatch.setattr("clip_retrieval.plan.FLAT_NUMBERS", 0)
+    plan_index = build.plan_index
+    monkeypatch.setattr(build, "plan_index", lambda *a, **o: plan_index(*a, **(o | {"gpu": gpu})))
+    shards = make_shards(tmp_path / "shards", (700,))
+    result = build_index(model, shards, tmp_path / "index", workers=0, target_recall=0.9)
+    assert result["plan"]["family"] == ("ivf-sq8" if gpu else "hnsw")
+    assert min(result["recall@10"].values()) >= 0.85
+    opened = Index(tmp_path / "index")
+    stored = np.load(tmp_path / "index" / "embeddings.npy").astype(np.float32)
+    hits = opened.nearest(stored / np.linalg.norm(stored, axis=1, keepdims=True), 1)
+    assert np.mean([h[0].row == row for row, h in enumerate(hits)]) > 0.95
