@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clip_retrieval import index as faiss_index
+from clip_retrieval.index import Knob
 from clip_retrieval.plan import Plan, list_count, plan_index
 from clip_retrieval.vectors import exact_search, unit_rows
 
@@ -48,7 +49,7 @@ def plan_of(family: str) -> Plan:
 
 def test_flat_equals_faiss_flat(stored: np.ndarray, texts: np.ndarray) -> None:
     index = faiss_index.fill(plan_of("flat"), stored, np.arange(COUNT))
-    rows_QK, scores_QK = faiss_index.search(index, stored, texts, 10, 1)
+    rows_QK, scores_QK = faiss_index.search(index, stored, texts, 10, Knob(None, 1, 1))
     flat = faiss.IndexFlatIP(DIM)
     flat.add(unit_rows(stored))
     expected_scores, expected_rows = flat.search(texts, 10)
@@ -76,8 +77,8 @@ def test_tuned_to_the_target(
     index = faiss_index.fill(plan, stored, kept)
     queries = {"image": unit_rows(stored[kept_out]), "text": texts}
     held_out = {k: faiss_index.Queries.prepare(q, stored, kept) for k, q in queries.items()}
-    value, recall = faiss_index.tune(index, plan, stored, held_out, 0.95)
-    assert 1 <= value < plan.largest
+    knob, recall = faiss_index.tune(index, plan, stored, held_out, 0.95)
+    assert 1 <= knob.value < plan.largest
     assert min(recall.values()) >= 0.93  # 150 queries: within their own error of 0.95
 
     # with the rows kept out added, read from disk: fresh queries against FAISS flat
@@ -85,9 +86,8 @@ def test_tuned_to_the_target(
     faiss_index.write_index(index, tmp_path / "image.index")
     again = faiss_index.read_index(tmp_path / "image.index")
     assert again.ntotal == COUNT
-    faiss_index.set_parameter(again, plan.parameter, value)
     fresh = clustered(500, seed=5)
-    rows_QK, scores_QK = faiss_index.search(again, stored, fresh, 10, plan.oversample)
+    rows_QK, scores_QK = faiss_index.search(again, stored, fresh, 10, knob)
     flat = faiss.IndexFlatIP(DIM)
     flat.add(unit_rows(stored))
     expected = flat.search(fresh, 10)[1]
@@ -97,9 +97,9 @@ def test_tuned_to_the_target(
     exact = np.einsum("qd,qkd->qk", fresh, unit_rows(stored[rows_QK]))
     np.testing.assert_allclose(scores_QK, exact, atol=1e-6)
     # a picture that is in the index finds itself
-    own_rows, own_scores = faiss_index.search(
-        again, stored, unit_rows(stored[kept_out]), 1, plan.oversample
-    )
+    own_rows, own_scores = faiss_index.search(again, stored, unit_rows(stored[kept_out]), 1, knob)
+    # however many hits are asked for, they are found
+    assert faiss_index.search(again, stored, fresh[:1], 3000, knob)[0].min() >= 0
     assert np.mean(own_rows[:, 0] == kept_out) > 0.98
     assert np.abs(own_scores[own_rows[:, 0] == kept_out] - 1).max() < 1e-3
 

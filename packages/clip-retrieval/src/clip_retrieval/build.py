@@ -199,7 +199,7 @@ def _build(
 
     index = faiss_index.fill(plan, stored_ND, kept, gpu=gpu)
     held_out = _held_out(loaded, whole, stored_ND, kept_out, kept)
-    value, recall = faiss_index.tune(index, plan, stored_ND, held_out, target)
+    knob, recall = faiss_index.tune(index, plan, stored_ND, held_out, target)
     faiss_index.add(index, stored_ND, kept_out)
     faiss_index.write_index(index, whole / "image.index")
 
@@ -207,7 +207,7 @@ def _build(
         log.warning("recall@10 is below the target of %s at the widest search: %s", target, recall)
     log.info("recall@10 on held-out queries: %s", recall or "not measured, too few images")
     return {
-        "search": {"parameter": plan.parameter, "value": value, "oversample": plan.oversample},
+        "search": asdict(knob),
         "recall@10": recall,
         "held_out": {kind: len(q.queries_QD) for kind, q in held_out.items()},
     }

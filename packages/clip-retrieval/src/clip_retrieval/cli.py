@@ -22,6 +22,8 @@ class _Tool(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `… | head`: Click ends quietly
+            raise
         except (RetrievalError, ModelError, OSError) as error:
             raise click.ClickException(str(error)) from error
 

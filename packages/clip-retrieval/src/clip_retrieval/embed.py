@@ -78,6 +78,8 @@ def embed_images(
     Raises:
         RetrievalError: a broken tar, too many broken images, embeddings that are not finite.
     """
+    if not shards:
+        return
     device = _device(loaded)
     batches = _Batches(shards, loaded.preprocess, batch_size)
     # batch_size=None: the data set makes whole batches; workers take turns, so order is kept

@@ -6,7 +6,11 @@ captions, which lie well away from the cloud of pictures and are the harder case
 
 # N rows, Q queries, D embedding width
 
+# faiss adds keyword constructors at run time, which its stubs do not have:
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,25 +78,47 @@ def add(index: Any, stored_ND: Float16, rows_N: Int64) -> None:
         index.add_with_ids(unit_BD, rows)
 
 
+@dataclass(frozen=True)
+class Knob:
+    """How wide to search; handed over with every search, so that an index is never changed.
+
+    Attributes:
+        parameter: "efSearch", "nprobe", or None where the search is exact.
+        value: tuned for ten hits; more hits search wider in proportion.
+        oversample: candidates taken from the index per hit asked for; they are scored exactly.
+    """
+
+    parameter: str | None
+    value: int
+    oversample: int
+
+    def faiss_parameters(self, k: int) -> Any:
+        """FAISS's own object for a search of k hits."""
+        width = self.value * math.ceil(max(k, RECALL_AT) / RECALL_AT)
+        if self.parameter == "efSearch":
+            return faiss.SearchParametersHNSW(efSearch=width)
+        if self.parameter == "nprobe":
+            return faiss.SearchParametersIVF(nprobe=width)
+        return None
+
+
 def search(
-    index: Any, stored_ND: Float16, queries_QD: Float32, k: int, oversample: int
+    index: Any, stored_ND: Float16, queries_QD: Float32, k: int, knob: Knob
 ) -> tuple[Int64, Float32]:
-    """The k best rows and their exact cosine similarities, [Q, K] each, best first."""
-    wanted = min(k * oversample, index.ntotal)
+    """The k best rows and their exact cosine similarities, [Q, K] each, best first.
+
+    K is k, or the count of the index if that is less. Rows not found are -1 and come last.
+    """
+    parameters = knob.faiss_parameters(k)
+    wanted = min(k * knob.oversample, index.ntotal)
     rows, scores = list[Int64](), list[Float32]()
     for start in range(0, len(queries_QD), 64):  # bounds the rows being scored at a time
-        some = queries_QD[start : start + 64]
-        candidates_QC = index.search(some, wanted)[1]
-        some_rows, some_scores = rescore(stored_ND, some, candidates_QC, k)
+        some_QD = queries_QD[start : start + 64]
+        candidates_QC = index.search(some_QD, wanted, params=parameters)[1]
+        some_rows, some_scores = rescore(stored_ND, some_QD, candidates_QC, k)
         rows.append(some_rows)
         scores.append(some_scores)
     return np.concatenate(rows), np.concatenate(scores)
-
-
-def set_parameter(index: Any, parameter: str | None, value: int) -> None:
-    """Set the search's knob, inside whatever wraps the index."""
-    if parameter is not None:
-        faiss.ParameterSpace().set_index_parameter(index, parameter, value)
 
 
 def write_index(index: Any, path: Path) -> None:
@@ -128,35 +154,31 @@ class Queries:
         chosen = slice(which, None, 2) if len(self.queries_QD) > 1 else slice(None)
         return Queries(self.queries_QD[chosen], self.tenth_Q[chosen])
 
-    def recall(self, index: Any, stored_ND: Float16, oversample: int) -> float:
+    def recall(self, index: Any, stored_ND: Float16, knob: Knob) -> float:
         """The share of each query's ten nearest found, averaged; of equal rows any will do."""
         k = min(RECALL_AT, index.ntotal)
-        scores_QK = search(index, stored_ND, self.queries_QD, k, oversample)[1]
+        scores_QK = search(index, stored_ND, self.queries_QD, k, knob)[1]
         return float((scores_QK >= self.tenth_Q[:, None] - 1e-6).mean())
 
 
 def tune(
     index: Any, plan: Plan, stored_ND: Float16, held_out: dict[str, Queries], target: float
-) -> tuple[int, dict[str, float]]:
-    """Set the knob to the smallest value that reaches the target on every kind of query.
+) -> tuple[Knob, dict[str, float]]:
+    """The narrowest search that reaches the target on every kind of query, and its recall by kind.
 
-    One half of the queries chooses it, the other half gives the recall returned by kind.
+    One half of the queries chooses it, the other half gives the recall.
     """
 
+    def recall(value: int, half: int) -> dict[str, float]:
+        knob = Knob(plan.parameter, value, plan.oversample)
+        return {kind: q.half(half).recall(index, stored_ND, knob) for kind, q in held_out.items()}
+
     def reached(value: int) -> bool:
-        set_parameter(index, plan.parameter, value)
-        goal = min(target + _MARGIN, 1.0)
-        return all(
-            q.half(0).recall(index, stored_ND, plan.oversample) >= goal for q in held_out.values()
-        )
+        return min(recall(value, 0).values()) >= min(target + _MARGIN, 1.0)
 
     value = smallest(reached, plan.largest) if plan.parameter and held_out else plan.largest
-    set_parameter(index, plan.parameter, value)
-    measured = {
-        kind: round(q.half(1).recall(index, stored_ND, plan.oversample), 4)
-        for kind, q in held_out.items()
-    }
-    return value, measured
+    measured = {kind: round(share, 4) for kind, share in recall(value, 1).items()}
+    return Knob(plan.parameter, value, plan.oversample), measured
 
 
 def smallest(reached: Callable[[int], bool], largest: int) -> int:

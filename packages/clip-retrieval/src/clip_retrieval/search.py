@@ -86,8 +86,7 @@ class Index:
                 f"{path}: its files do not agree (rows {rows}, expected {self.facts['images']}; "
                 f"width {widths}, expected {self.facts['dim']}); build it again"
             )
-        knob = self.facts["search"]
-        faiss_index.set_parameter(self._faiss, knob["parameter"], knob["value"])
+        self._knob = faiss_index.Knob(**self.facts["search"])
 
     def __len__(self) -> int:
         return self.facts["images"]
@@ -124,11 +123,7 @@ class Index:
         if k > len(self):
             log.warning("-k %d is above the %d images of the index: all are shown", k, len(self))
         rows_QK, scores_QK = faiss_index.search(
-            self._faiss,
-            self._vectors_ND,
-            queries_QD,
-            min(k, len(self)),
-            self.facts["search"]["oversample"],
+            self._faiss, self._vectors_ND, queries_QD, min(k, len(self)), self._knob
         )
         return [
             [

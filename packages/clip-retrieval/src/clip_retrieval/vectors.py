@@ -69,7 +69,7 @@ def rescore(
 
 
 def exact_search(
-    stored_ND: Float16, queries_QD: Float32, k: int, rows_N: Int64, block: int = 1 << 14
+    stored_ND: Float16, queries_QD: Float32, k: int, rows_N: Int64, block: int = 1 << 12
 ) -> tuple[Int64, Float32]:
     """The k nearest of the rows named, by comparing with every one, a block at a time."""
     best_rows = np.full((len(queries_QD), k), -1, np.int64)
