@@ -149,6 +149,15 @@ def test_killed_then_continued(base: Path, digits_set: Path, tmp_path, monkeypat
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
 
 
+def test_bf16(base: Path, digits_set: Path, tmp_path: Path):
+    train(base, tmp_path / "fp32", config(digits_set))
+    train(base, tmp_path / "bf16", config(digits_set, precision="bf16"))
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("fp32", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert not equal(tmp_path / "fp32", tmp_path / "bf16")
+    assert {weight.dtype for weight in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
 def test_run_again(base: Path, digits_set: Path, tmp_path: Path):
     out = tmp_path / "out"
     first = train(base, out, config(digits_set))

@@ -66,7 +66,9 @@ def measure_curve(
     of ID and mean OOD accuracy, or 0.5. The smallest of equals wins: nearest to zero-shot.
 
     Returns:
-        What curve.json holds; see the package's README.
+        What curve.json holds: the models, sets and arguments; `points`, one per alpha, each with
+        `test` and `validation` (by set: accuracy and its Wilson 95% interval; over sets: `id`,
+        `ood`, the mean over the shifted sets, and `mean`, halfway between); `chosen`, a point.
 
     Raises:
         FinetuneError: models of different configuration or text tower, a set given twice, a set

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 _INK, _FAINT, _CHOSEN = "#1b4f8a", "#9ab4d0", "#d1495b"
 
@@ -61,16 +61,20 @@ def _logit_axes(axes: Axes, x: list[float], y: list[float]) -> None:
     axes.set_xlim(_limits(x))
     axes.set_ylim(_limits(y))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(7))
-        axis.set_major_formatter(PercentFormatter(xmax=1))
+        axis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(_percent))
         axis.set_minor_locator(NullLocator())
     axes.grid(color="#e6e6e6", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _percent(share: float, _position: int | None = None) -> str:
+    return f"{round(100 * share, 6):g}%"
+
+
 def _limits(shares: list[float]) -> tuple[float, float]:
-    """A margin of a tenth of the range on either side, in logits; never narrower than 0.2."""
+    """A margin on either side, in logits; never narrower than 0.2."""
     logits = [math.log(share / (1 - share)) for share in shares]
-    margin = max(0.1 * (max(logits) - min(logits)), 0.1)
+    margin = max(0.14 * (max(logits) - min(logits)), 0.1)
     low, high = min(logits) - margin, max(logits) + margin
     return 1 / (1 + math.exp(-low)), 1 / (1 + math.exp(-high))
