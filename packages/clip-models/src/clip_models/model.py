@@ -48,7 +48,7 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: embeddings of length 1, image [B, E] and text [B, E], and exp(logit_scale)."""
+        """Both embeddings [B, E], of length 1, and exp(logit_scale): what the loss takes."""
         images_BE = self.encode_image(images_BCHW, normalize=True)
         texts_BE = self.encode_text(tokens_BL, normalize=True)
         return images_BE, texts_BE, self.logit_scale.exp()

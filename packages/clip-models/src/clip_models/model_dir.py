@@ -192,7 +192,7 @@ def fingerprint_of(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     for name, tensor in _read_weights(Path(path)):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -1,0 +1,159 @@
+"""Towers against open_clip, and the fast paths against the textbook ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from clip_models import CLIP, ModelError, Tokenizer, architecture, architecture_names, load_model
+from clip_models.profile import profile
+from open_clip.push_to_hf_hub import save_for_hf
+from torch import Tensor
+
+from .conftest import CAPTIONS, KINDS, scattered, small_config
+
+MakeModel = Callable[[str], Path]
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(len(CAPTIONS), 3, 64, 64, generator=generator, dtype=dtype)
+    return images, Tokenizer()(CAPTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_features_equal_open_clip(
+    make_model: MakeModel, kind: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    path = make_model(kind)
+    ours = load_model(path).model.to(dtype)
+    theirs = open_clip.create_model(f"local-dir:{path}").eval().to(dtype)
+    images, tokens = inputs(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.encode_image(images), theirs.encode_image(images), rtol=tolerance, atol=tolerance
+        )
+        torch.testing.assert_close(
+            ours.encode_text(tokens), theirs.encode_text(tokens), rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.slow
+def test_vit_b_32_written_by_open_clip_gives_its_features(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("ViT-B-32").eval()
+    save_for_hf(
+        theirs,
+        open_clip.get_tokenizer("ViT-B-32"),
+        open_clip.get_model_config("ViT-B-32"),
+        tmp_path / "b32",
+        safe_serialization=True,
+    )
+    ours = load_model(tmp_path / "b32").model
+    images, tokens = torch.randn(2, 3, 224, 224), Tokenizer()(CAPTIONS)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.encode_image(images), theirs.encode_image(images), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            ours.encode_text(tokens), theirs.encode_text(tokens), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_autocast_keeps_open_clips_dtypes(make_model: MakeModel) -> None:
+    path = make_model("vit")
+    ours, theirs = load_model(path).model, open_clip.create_model(f"local-dir:{path}").eval()
+    images, tokens = inputs(torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for a, b in (
+            (ours.encode_image(images), theirs.encode_image(images)),
+            (ours.encode_text(tokens), theirs.encode_text(tokens)),
+        ):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit-quickgelu"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fast_paths_equal_plain_ones(kind: str, checkpointing: bool) -> None:
+    """Packed captions and the short last block: features and every gradient, in float64."""
+    images, tokens = inputs(torch.float64)
+
+    def run(fast: bool) -> list[Tensor]:
+        model: CLIP = scattered(small_config(kind)).double().train()
+        model.visual.fast = model.text.fast = fast
+        model.visual.transformer.grad_checkpointing = checkpointing and fast
+        model.text.transformer.grad_checkpointing = checkpointing and fast
+        image, text, scale = model(images, tokens)
+        weights = torch.linspace(-1, 1, image.numel(), dtype=torch.float64).view_as(image)
+        (scale * (image * weights).sum() + (text * weights.flip(0)).sum()).backward()
+        gradients = [p.grad for p in model.parameters()]
+        assert all(g is not None for g in gradients)
+        return [image, text, *(g for g in gradients if g is not None)]
+
+    for fast, plain in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_before_the_projection(kind: str) -> None:
+    model = scattered(small_config(kind))
+    images, _ = inputs(torch.float32)
+    with torch.no_grad():
+        before, after = model.encode_image_pre(images), model.encode_image(images)
+    assert before.ndim == 2
+    if kind.startswith("vit"):
+        torch.testing.assert_close(before @ model.visual.proj, after)
+    elif kind != "timm-own":
+        torch.testing.assert_close(model.visual.head(before), after)
+
+
+def test_patch_dropout_drops_patches_in_training_only() -> None:
+    config = architecture("XS")
+    vision = type(config.vision_cfg)(**{**vars(config.vision_cfg), "patch_dropout": 0.5})
+    tower = scattered(type(config)(config.embed_dim, vision, config.text_cfg)).visual
+    images, _ = inputs(torch.float32)
+    assert torch.equal(tower(images), tower(images))
+    lengths: list[int] = []
+    tower.transformer.register_forward_pre_hook(lambda _, a: lengths.append(len(a[0])))
+    tower.fast = False
+    tower.train()(images)
+    assert lengths == [len(images) * (1 + 8)]  # of 16 patches
+
+
+def test_wrong_input_shapes_are_named() -> None:
+    model = scattered(architecture("XS"))
+    with pytest.raises(ModelError, match=r"\[B, 3, 64, 64\]"):
+        model.encode_image(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ModelError, match="at most 77"):
+        model.encode_text(torch.zeros(1, 78, dtype=torch.int64))
+
+
+# The paper's figures: millions of parameters, GMACs of an image and of a text (2212.07143)
+PAPER = {
+    "ViT-B-32": (151.28, 4.41, 2.98),
+    "ViT-B-16": (149.62, 17.58, 2.98),
+    "ViT-L-14": (427.62, 81.08, 6.66),
+    "ViT-H-14": (986.11, 167.40, 23.57),
+    "ViT-g-14": (1366.68, 267.18, 23.57),
+    "ViT-bigG-14": (2539.57, 483.96, 48.96),
+}
+
+
+@pytest.mark.parametrize("name", architecture_names())
+def test_architectures(name: str) -> None:
+    """Equal to open_clip's of the same name, and of the size that the paper prints."""
+    config = architecture(name)
+    figures = profile(config)
+    with torch.device("meta"):
+        built = sum(p.numel() for p in CLIP(config).parameters())
+    assert figures["parameters"] == built
+    if name in PAPER:
+        millions, image, text = PAPER[name]
+        assert figures["parameters"] / 1e6 == pytest.approx(millions, abs=0.015)
+        assert figures["gmacs"] == pytest.approx(image + text, rel=0.003)
+    if (theirs := open_clip.get_model_config(name)) is not None:
+        expected = type(config).from_dict(theirs)
+        assert config == expected
