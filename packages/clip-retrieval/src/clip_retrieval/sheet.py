@@ -19,7 +19,7 @@ def table(answers: Sequence[Answer]) -> str:
             f"{'rank':>4}  {'sim':>7}  {'row':>9}  {'key':<{keys}}  caption",
         ]
         lines += [
-            f"{hit.rank:>4}  {hit.similarity:>7.4f}  {hit.row:>9}  {hit.key:<{keys}}  "
+            f"{hit.rank:>4}  {hit.similarity:>z7.4f}  {hit.row:>9}  {hit.key:<{keys}}  "
             f"{_one_line(hit)[:_CAPTION]}".rstrip()
             for hit in answer.hits
         ]
@@ -45,7 +45,7 @@ def _page(answers: Sequence[Answer], picture: Callable[[int], bytes]) -> Iterato
             yield (
                 f'<li><img src="{data_uri(picture(hit.row))}" alt="{text}" loading="lazy">'
                 f'<p class="caption">{text}</p>'
-                f'<p class="facts"><b>{hit.similarity:.3f}</b> {html.escape(hit.key)}</p></li>\n'
+                f'<p class="facts"><b>{hit.similarity:z.3f}</b> {html.escape(hit.key)}</p></li>\n'
             )
         yield "</ol>\n</section>\n"
     yield "</main>\n</html>\n"
