@@ -43,6 +43,13 @@ def test_index_file_replaces_the_scan(digits_set: Path, tmp_path: Path):
     assert len(open_set(copy, "test")) == len(scanned)
 
 
+def test_other_words_are_another_set(digits_set: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(digits_set, tmp_path / "digits"))
+    assert open_set(copy, "val").fingerprint() == open_set(digits_set, "val").fingerprint()
+    (copy / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    assert open_set(copy, "val").fingerprint() != open_set(digits_set, "val").fingerprint()
+
+
 def test_an_empty_class_name_is_a_class(tmp_path: Path):
     names = ["near", "", "far"]
     data = open_set(write_set(tmp_path / "s", {"test": [(b"x", 2)]}, names=names), "test")

@@ -59,8 +59,8 @@ class LabelledSet:
             return tar.read(int(self.size_N[index]))
 
     def fingerprint(self) -> str:
-        """Which samples these are: a hash of each one's place, size and label."""
-        digest = hashlib.sha256()
+        """Which set this is: a hash of the words and of each sample's place, size and label."""
+        digest = hashlib.sha256(json.dumps([self.class_names, self.templates]).encode())
         for column in (self.shard_N, self.offset_N, self.size_N, self.label_N):
             digest.update(column.tobytes())
         return f"sha256:{digest.hexdigest()}"

@@ -1,7 +1,6 @@
 """A task: a labelled set and the frozen head its features are trained against."""
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,14 @@ class Task:
 
     def describe(self) -> dict[str, Any]:
         """What the task holds, for provenance; equal descriptions train the same."""
-        if self.saved_head is None:
-            kind = "zero-shot"
-            content = json.dumps([self.data.class_names, self.data.templates]).encode()
-        else:
-            kind = self.saved_head.kind
-            content = (
-                self.saved_head.weight.numpy().tobytes() + self.saved_head.bias.numpy().tobytes()
-            )
+        head = self.saved_head
         return {
             "name": self.name,
             "split": self.data.split,
             "samples": len(self.data),
             "classes": len(self.data.class_names),
             "data": self.data.fingerprint(),
-            "head": {"kind": kind, "content": f"sha256:{hashlib.sha256(content).hexdigest()}"},
+            "head": "zero-shot" if head is None else f"{head.kind} {_hash(head)}",
         }
 
     def frozen_head(self, loaded: LoadedModel, device: torch.device) -> Head:
@@ -78,6 +70,11 @@ def refuse_same_names(sets: list[LabelledSet]) -> None:
                 "give each set once, in folders of different names"
             )
         seen[data.name] = data
+
+
+def _hash(head: Head) -> str:
+    digest = hashlib.sha256(head.weight.numpy().tobytes() + head.bias.numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _check_fits(name: str, head: Head, data: LabelledSet) -> None:
