@@ -2,10 +2,10 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +92,25 @@ def start(command: list[str], **changed: str) -> subprocess.Popen[str]:
 
 def run(command: list[str], **changed: str) -> subprocess.CompletedProcess[str]:
     process = start(command, **changed)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        kill_all(process.pid)
+        raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def children(pid: int) -> list[int]:
+    """All descendants of a process."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    direct = [int(child) for task in tasks for child in task.read_text().split()]
+    return direct + [below for child in direct for below in children(child)]
+
+
+def kill_all(pid: int) -> None:
+    for victim in [pid, *children(pid)]:
+        os.kill(victim, signal.SIGKILL)
+
+
 def torchrun(processes: int) -> list[str]:
-    return ["torchrun", "--nproc-per-node", str(processes), "--master-port", "0", "clip-train"]
-
-
-Runner = Callable[..., subprocess.CompletedProcess[str]]
+    return ["torchrun", "--standalone", "--nproc-per-node", str(processes), "clip-train"]

@@ -14,7 +14,7 @@ import torch
 from clip_train import metrics
 from safetensors.torch import load_file
 
-from .conftest import ROOT, arguments, run, start, torchrun, write_shard
+from .conftest import ROOT, arguments, children, kill_all, run, start, torchrun, write_shard
 
 ALONE = ["clip-train"]
 
@@ -161,21 +161,9 @@ def test_a_lost_process_ends_the_run(data: Path, tmp_path: Path) -> None:
     assert process.returncode != 0
 
 
-def children(pid: int) -> list[int]:
-    """All descendants of a process."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    direct = [int(child) for task in tasks for child in task.read_text().split()]
-    return direct + [below for child in direct for below in children(child)]
-
-
 def environment_of(pid: int) -> dict[str, str]:
     entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
     return dict(entry.partition("=")[::2] for entry in entries if "=" in entry)
-
-
-def kill_all(pid: int) -> None:
-    for victim in [pid, *children(pid)]:
-        os.kill(victim, signal.SIGKILL)
 
 
 def test_root_file_is_for_launchers() -> None:
