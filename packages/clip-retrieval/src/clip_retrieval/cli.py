@@ -92,9 +92,9 @@ def main() -> None:
 @_workers
 @_device
 def build_index_command(**arguments: Any) -> None:
-    """Encode the images of SHARDS with MODEL and write an index directory to INDEX.
+    """Index the images of SHARDS, encoded with MODEL.
 
-    SHARDS is a directory of .tar shards, or one split of a set, like SET/test. A build that was
+    Writes the index directory INDEX. SHARDS is a directory of .tar shards, or one split of a set, like SET/test. A build that was
     interrupted continues where it was.
     """
     from clip_retrieval.build import build_index
@@ -136,7 +136,10 @@ def query(
     output: Path | None,
     device: str,
 ) -> None:
-    """Find the images of INDEX nearest to texts and images; one JSON line per query."""
+    """Find the images nearest to texts and images.
+
+    Prints one JSON line per query: texts first, then images, in the order given.
+    """
     if not texts and not images:
         raise click.UsageError("give at least one --text or --image")
     from clip_retrieval.search import Index, Query, query_index
@@ -178,9 +181,9 @@ def query(
 @_workers
 @_device
 def eval_command(**arguments: Any) -> None:
-    """Zero-shot retrieval of MODEL on each SET, both ways; one JSON line per set.
+    """Measure zero-shot retrieval, both ways.
 
-    A SET is a directory in CLIP_benchmark's layout, one caption per line in its .txt members, or
+    Prints one JSON line per SET. A SET is a directory in CLIP_benchmark's layout, one caption per line in its .txt members, or
     a directory of training shards.
     """
     from clip_retrieval.evaluate import evaluate_retrieval
