@@ -1,0 +1,64 @@
+"""What the repository promises as a whole."""
+
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ["clip-data", "clip-models", "clip-train", "clip-retrieval", "clip-probe", "clip-finetune"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_needs_no_heavy_import(tool: str) -> None:
+    module = tool.replace("-", "_")
+    code = f"""
+import sys
+from {module}.cli import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+heavy = {{"torch", "numpy", "pyarrow", "faiss", "matplotlib", "sklearn", "PIL", "timm"}}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_command_and_option_has_help(tool: str) -> None:
+    import click
+
+    module = __import__(f"{tool.replace('-', '_')}.cli", fromlist=["main"])
+    pending: list[tuple[str, click.Command]] = [(tool, module.main)]
+    while pending:
+        name, command = pending.pop()
+        assert command.help, f"{name} has no help"
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts[0]} has no help"
+        if isinstance(command, click.Group):
+            pending += [(f"{name} {sub}", child) for sub, child in command.commands.items()]
+
+
+def test_import_contracts_hold() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([lint], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_dependencies_between_packages() -> None:
+    for tool in TOOLS:
+        ours = {r.split()[0].split(">")[0] for r in requires(tool) or []} & set(TOOLS)
+        assert ours == (set() if tool in ("clip-data", "clip-models") else {"clip-models"}), tool
+
+
+def test_source_stays_small() -> None:
+    files = [p for p in ROOT.glob("packages/*/src/*/*.py")]
+    lines = {p: len(p.read_text().splitlines()) for p in files}
+    assert sum(lines.values()) < 12_000
+    assert {str(p): n for p, n in lines.items() if n > 300} == {}
