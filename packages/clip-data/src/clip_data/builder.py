@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from clip_data.shards import (
     Job,
     ShardStats,
     read_stats,
-    stats_path,
     write_shard,
 )
 from clip_data.sources import open_source
@@ -36,7 +36,7 @@ from clip_data.workers import run_jobs
 
 log = logging.getLogger(__name__)
 
-TOOL = "clip-data 0.1.0"
+TOOL = f"clip-data {version('clip-data')}"
 MANIFEST = "manifest.json"
 MARKER = MANIFEST + PARTIAL
 SIZES = "sizes.json"
@@ -134,6 +134,7 @@ def build(
     if split or labelled:
         write_set_files(output, class_names, template_lines)
     _begin(folder)
+    classes = {name: label for label, name in enumerate(class_names or ())}
     jobs = (
         Job(
             tar=folder / name,
@@ -147,7 +148,6 @@ def build(
         if name not in done
     )
     workers = min(workers or os.cpu_count() or 1, len(digests) - len(done))
-    classes = {name: label for label, name in enumerate(class_names or ())}
     failed, allowed = 0, max_error_share * found.rows
     with (
         tqdm(total=found.rows, unit="row", disable=None) as bar,
@@ -193,21 +193,19 @@ def _finished_shards(folder: Path, digests: dict[str, str]) -> dict[str, ShardSt
         if tar.is_file() and tar.stat().st_size == stats.bytes:
             done[stats.name] = stats
     ours = (folder / MARKER).exists() or (folder / MANIFEST).exists()
-    if not ours and (tar := next(folder.glob("*.tar"), None)):
-        raise DataError(f"{tar}: not of clip-data's making; build into another directory")
+    for tar in folder.glob("*.tar"):
+        if not ours or tar.name not in digests:
+            raise DataError(f"{tar}: not of this build; build into another directory")
     return done
 
 
 def _begin(folder: Path) -> None:
     """Mark the folder as a build under way, and remove what a killed run has left half-done."""
     (folder / MARKER).touch()
-    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # a finished shard has been lost since
     for path in folder.glob(f"*{PARTIAL}"):
         if path.name != MARKER:
             path.unlink()
-    for tar in folder.glob("*.tar"):
-        if not stats_path(tar).exists():
-            tar.unlink()
 
 
 def _forget_failures(folder: Path) -> None:

@@ -39,10 +39,12 @@ def choose_class_names(output: Path, given: Path | None, found: Iterable[str]) -
     """The class names in order: as given, else those of the set that is there, else sorted.
 
     Raises:
-        DataError: a name is there twice.
+        DataError: there are none, or one twice.
     """
     file = given or output / CLASS_NAMES
     names = read_lines(file) if given or file.exists() else sorted(found)
+    if not names:
+        raise DataError(f"{output}: no row of the source has a class name; expected one for each")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise DataError(f"{file}: {name!r} is there {times} times; expected a name for each class")

@@ -44,4 +44,10 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 def write_outcomes(file: BinaryIO, outcomes: list[dict[str, Any]]) -> None:
     """Write what became of each row of a shard, in the columns of NNNNN.parquet."""
-    pq.write_table(pa.Table.from_pylist(outcomes, schema=_OUTCOME), file)
+    rows = [{name: _as_utf8(value) for name, value in outcome.items()} for outcome in outcomes]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_OUTCOME), file)
+
+
+def _as_utf8(value: Any) -> Any:
+    """Text without the surrogates that stand for bytes of another encoding."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

@@ -161,22 +161,13 @@ class TarWriter:
 
 
 def _outcome(key: str, row: Row, result: Sample | RowError) -> dict[str, Any]:
-    good = isinstance(result, Sample)
     outcome = {
         "key": key,
         "image": row.image,
         "caption": None if row.captions is None else "\n".join(row.captions),
         "label": row.label,
-        "status": "success" if good else "failed",
     }
-    if good:
-        return {**outcome, "width": result.width, "height": result.height}
-    return {
-        name: value if value is None else _printable(value)
-        for name, value in {**outcome, "reason": result.reason, "detail": result.detail}.items()
-    }
-
-
-def _printable(text: str) -> str:
-    """Without the surrogates that stand for bytes which are not UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    if isinstance(result, RowError):
+        failure = {"status": "failed", "reason": result.reason, "detail": result.detail}
+        return {**outcome, **failure}
+    return {**outcome, "status": "success", "width": result.width, "height": result.height}

@@ -52,10 +52,16 @@ class Source:
         captions, label, fault = None, None, None
         if self.columns.caption is not None:
             captions = _captions(extra.pop(self.columns.caption, None))
-            fault = _caption_fault(captions)
+            if not captions:
+                fault = "empty caption"
+            elif not _is_utf8("".join(captions)):
+                fault = "caption is not UTF-8"
         if self.columns.label is not None:
             label = _label(extra.pop(self.columns.label, None))
-            fault = "no label" if label is None else fault
+            if label is None:
+                fault = "no label"
+            elif not _is_utf8(label):
+                label, fault = None, "label is not UTF-8"
         if not isinstance(image, str) or not image:
             image, fault = "", "no image path"
         return Row(image, captions, label, extra, fault)
@@ -212,16 +218,14 @@ def _captions(value: Any) -> tuple[str, ...]:
     return tuple(line for line in lines if line)
 
 
-def _caption_fault(captions: tuple[str, ...]) -> str | None:
-    if not captions:
-        return "empty caption"
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError:
-        return "caption is not UTF-8"
-    return None
-
-
 def _label(value: Any) -> str | None:
     """The class name; an empty one is a class too. Anything but text and whole numbers is none."""
     return " ".join(str(value).splitlines()) if isinstance(value, str | int) else None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # surrogates
+        return False
+    return True
