@@ -94,8 +94,8 @@ def main() -> None:
 def build_index_command(**arguments: Any) -> None:
     """Index the images of SHARDS, encoded with MODEL.
 
-    Writes the index directory INDEX. SHARDS is a directory of .tar shards, or one split of a set, like SET/test. A build that was
-    interrupted continues where it was.
+    Writes the index directory INDEX. SHARDS is a directory of .tar shards, or one split of a
+    set, like SET/test. A build that was interrupted continues where it was.
     """
     from clip_retrieval.build import build_index
 
@@ -183,8 +183,8 @@ def query(
 def eval_command(**arguments: Any) -> None:
     """Measure zero-shot retrieval, both ways.
 
-    Prints one JSON line per SET. A SET is a directory in CLIP_benchmark's layout, one caption per line in its .txt members, or
-    a directory of training shards.
+    Prints one JSON line per SET. A SET is a directory in CLIP_benchmark's layout, one caption
+    per line in its .txt members, or a directory of training shards.
     """
     from clip_retrieval.evaluate import evaluate_retrieval
 
