@@ -49,10 +49,8 @@ PLANTED: dict[str, tuple[Callable[[Path], object], set[str]]] = {
         lambda out: cut(out / "00000.tar", 1024),
         {"tar truncated or damaged", "no caption"},
     ),
-    "end marker cut": (
-        lambda out: cut(
-            out / "00000.tar", (out / "00000.tar").stat().st_size // 10240 * 10240 - 9728
-        ),
+    "half of the end marker": (  # after two samples of three members, each a header and a block
+        lambda out: cut(out / "00000.tar", 6 * 1024 + 512),
         {"tar truncated or damaged"},
     ),
     "damaged header": (lambda out: flip(out / "00000.tar", 1030), {"tar truncated or damaged"}),

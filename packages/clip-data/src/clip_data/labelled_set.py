@@ -13,7 +13,6 @@ from clip_data.errors import DataError
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DATASET_TYPE = "dataset_type.txt"
-RETRIEVAL = "retrieval"
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 
@@ -77,7 +76,7 @@ def write_set_files(
     """
     wanted: dict[str, str | None] = {CLASS_NAMES: None, TEMPLATES: None, DATASET_TYPE: None}
     if class_names is None or templates is None:
-        wanted[DATASET_TYPE] = f"{RETRIEVAL}\n"
+        wanted[DATASET_TYPE] = "retrieval\n"
     else:
         wanted[CLASS_NAMES] = "".join(f"{name}\n" for name in class_names)
         wanted[TEMPLATES] = "".join(f"{template}\n" for template in templates)

@@ -73,7 +73,7 @@ def write_shard(job: Job) -> ShardStats:
                 outcomes.append(_outcome(key, row, sample))
         writer.close()
     write_text(index_path(job.tar), json.dumps(build_index(writer.bytes, samples)))
-    with whole_file(parquet_path(job.tar)) as file:
+    with whole_file(job.tar.with_suffix(".parquet")) as file:
         write_outcomes(file, outcomes)
     failures = [outcome for outcome in outcomes if outcome["status"] == "failed"]
     stats = ShardStats(
@@ -93,11 +93,6 @@ def write_shard(job: Job) -> ShardStats:
 def index_path(tar: Path) -> Path:
     """NNNNN.index.json of NNNNN.tar."""
     return tar.with_suffix(".index.json")
-
-
-def parquet_path(tar: Path) -> Path:
-    """NNNNN.parquet of NNNNN.tar."""
-    return tar.with_suffix(".parquet")
 
 
 def stats_path(tar: Path) -> Path:
