@@ -45,6 +45,14 @@ def test_every_mode_becomes_rgb(kind: str, mode: str) -> None:
     assert Preprocess(32).eval(picture(40, 50, kind, mode)).shape == (3, 32, 32)
 
 
+def test_transparent_palettes_keep_their_colours() -> None:
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=bytes([0, 10]))
+    assert Preprocess(8).eval(buffer.getvalue())[:, 0, 0].tolist() == [0, 0, 255]
+
+
 def test_train_depends_on_the_seed_alone() -> None:
     data, preprocess = picture(90, 120), Preprocess(64)
     first = preprocess.train(data, 7)

@@ -72,8 +72,8 @@ def rows() -> list[tuple[bytes, int]]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[bytes, int]]) -> Path:
-    """train 500, val 200, test 400."""
-    splits: dict[str, Rows] = {"train": rows[:500], "val": rows[500:700], "test": rows[700:1100]}
+    """train 300, val 100, test 400."""
+    splits: dict[str, Rows] = {"train": rows[:300], "val": rows[300:400], "test": rows[400:800]}
     return write_labelled_set(tmp_path_factory.mktemp("sets") / "digits", splits)
 
 

@@ -28,7 +28,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("Usage: "), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage: ")
 
 
 @pytest.mark.parametrize(

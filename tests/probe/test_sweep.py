@@ -29,10 +29,10 @@ def test_sweep_saves_a_head_that_eval_confirms(
     saved = ("--save-head", "probe", "--output", tmp_path / "out")
     (result,) = run(*arguments, *saved)
     full, few = result["full"], result["few_shot"]
-    assert result["samples"] == {"train": 500, "val": 200, "test": 400}
+    assert result["samples"] == {"train": 300, "val": 100, "test": 400}
     assert [row["shots"] for row in few] == [1, 4]
     assert len(few[1]["draws"]) == 2
-    assert full["train_samples"] == 700
+    assert full["train_samples"] == 400
     assert few[1]["draws"][0]["train_samples"] == 40
     assert result["grid"] == list(GRID)
     assert len(full["val_acc1"]) == len(GRID)

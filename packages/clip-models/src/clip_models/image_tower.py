@@ -8,9 +8,7 @@ the embedding.
 
 from typing import Any, cast
 
-import timm
 import torch
-from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from clip_models.config import VisionConfig
@@ -93,6 +91,9 @@ class TimmTower(nn.Module):
     """
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        import timm  # takes seconds, and native towers do without
+        from timm.layers.mlp import Mlp
+
         super().__init__()
         self.config = config
         name, proj = cast(str, config.timm_model_name), config.timm_proj

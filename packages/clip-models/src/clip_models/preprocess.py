@@ -33,6 +33,8 @@ def _decode(data: bytes) -> Image.Image:
                 raise ImageError(
                     f"image of {width} x {height} pixels; the limit is {MAX_PIXELS:,} in all"
                 )
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # the same colours, without PIL's warning
             return image.convert("RGB")
     except ImageError:
         raise

@@ -52,7 +52,7 @@ def _encoding_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option(
                 "--workers",
-                default=4,
+                default=2,
                 show_default=True,
                 type=click.IntRange(0),
                 help="Processes that decode images; 0 decodes in the main process.",

@@ -21,7 +21,7 @@ def zeroshot(
     *,
     templates: Path | None = None,
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int = 2,
 ) -> Iterator[dict[str, Any]]:
     """Zero-shot accuracy on each set, with the set's class names and `templates` (else its own).
 
@@ -53,7 +53,7 @@ def evaluate_heads(
     split: str = "test",
     *,
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int = 2,
 ) -> Iterator[dict[str, Any]]:
     """Accuracy of each saved head on each set; the images of a set are decoded once for all heads.
 

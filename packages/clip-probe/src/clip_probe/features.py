@@ -35,7 +35,7 @@ def encode(
     kinds: Sequence[Feature] = ("post",),
     *,
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int = 2,
 ) -> Encoded:
     """Encode a split once for all `kinds` of feature.
 

@@ -11,21 +11,20 @@ def plot_shots(result: dict[str, Any], path: Path) -> None:
     """Draw a sweep's result: few-shot means with their spread, full data, zero-shot, chance."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    few_shot = result["few_shot"]
-    ticks = [str(row["shots"]) for row in few_shot] + ["all"]
+    few_shot, full = result["few_shot"], result["full"]
+    places = range(len(few_shot) + 1)  # even steps: shots double, usually
     if few_shot:
         axes.errorbar(
-            ticks[:-1],
+            places[:-1],
             [row["acc1_mean"] for row in few_shot],
             yerr=[row["acc1_std"] or 0.0 for row in few_shot],
             marker="o",
             capsize=4,
             label=f"linear probe, mean ± std of {result['seeds']} draws",
         )
-    full = result["full"]
     low, high = full["acc1_ci95"]
     axes.errorbar(
-        ["all"],
+        places[-1:],
         [full["acc1"]],
         yerr=[[full["acc1"] - low], [high - full["acc1"]]],
         marker="s",
@@ -38,6 +37,7 @@ def plot_shots(result: dict[str, Any], path: Path) -> None:
         axes.axhline(acc1, color="tab:green", linestyle="--", label=f"zero-shot {acc1:.1%}")
     chance = result["majority_class_share"]
     axes.axhline(chance, color="grey", linestyle=":", label=f"most frequent class {chance:.1%}")
+    axes.set_xticks(places, [*(str(row["shots"]) for row in few_shot), "all"])
     axes.set(
         xlabel="training images per class",
         ylabel="test accuracy",

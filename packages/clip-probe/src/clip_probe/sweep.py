@@ -43,7 +43,7 @@ def sweep(
     head_name: str | None = None,
     output: Path | None = None,
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int = 2,
 ) -> dict[str, Any]:
     """Fit and test linear probes; return the results, and write them to `output` if given.
 
