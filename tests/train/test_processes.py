@@ -74,9 +74,8 @@ def test_accelerate_launch_from_the_root(data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_refuses_processes_that_train_alone(data: Path, tmp_path: Path) -> None:
     """accelerate's --multi_gpu without GPUs starts two that each believe they are alone."""
-    alone = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
     hidden = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
-    found = run([*ALONE, *arguments(data, tmp_path / "run")], **alone, **hidden)
+    found = run([*torchrun(2), *arguments(data, tmp_path / "run")], **hidden)
     assert found.returncode == 1
     assert "asked for 2 processes, but this one finds 1" in found.stderr
     assert not (tmp_path / "run").exists()

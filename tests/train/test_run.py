@@ -96,7 +96,7 @@ def test_finished_run_has_nothing_left_to_do(data: Path, uninterrupted: Path) ->
     assert (uninterrupted / "run.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("stop_at", [1, 6, 11])
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 11])
 def test_sigterm_then_resume(
     data: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:

@@ -51,7 +51,11 @@ def config_options() -> list[click.Parameter]:
     return options
 
 
-@click.command(cls=TrainCommand, params=config_options())
+@click.command(
+    cls=TrainCommand,
+    params=config_options(),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="clip-train")
 def main(**arguments: Any) -> None:
     """Train a CLIP model from WebDataset shards.

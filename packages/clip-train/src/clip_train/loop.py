@@ -73,6 +73,7 @@ def train(config: TrainConfig) -> Summary:
         summary = _summary("nothing left to do", config, Position(step=config.steps))
     else:
         summary = Trainer(config, accelerator, data, wanted, bf16=bf16).run()
+    accelerator.wait_for_everyone()  # a launcher ends all processes when one leaves with code 3
     accelerator.end_training()
     return summary
 
@@ -225,7 +226,7 @@ class Trainer:
         if self.position.step:
             logger.info("continuing after step %d", self.position.step)
         logger.info(
-            "%s: %d steps of %d pairs; %d pairs in %d shards; %d process(es) on %s, %s%s",
+            "%s: %d steps of %d pairs; %d pairs in %d shards; processes: %d on %s; %s%s",
             config.model,
             config.steps,
             config.batch_size,
@@ -234,7 +235,9 @@ class Trainer:
             processes,
             self.accelerator.device.type,
             "bf16" if self.bf16 else "fp32",
-            f", {torch.get_num_threads()} threads" if self.accelerator.device.type == "cpu" else "",
+            f"; threads: {torch.get_num_threads()}"
+            if self.accelerator.device.type == "cpu"
+            else "",
         )
         if config.batch_size > len(self.order):
             logger.warning("the batch is larger than the data: a batch holds a pair several times")
@@ -254,7 +257,6 @@ class Trainer:
             }
             path = self.config.output / "model"  # last: it marks the run as finished
             save_model(path, self.model.eval(), self.preprocess, provenance=provenance)
-        self.accelerator.wait_for_everyone()
 
 
 def _summary(status: Status, config: TrainConfig, position: Position) -> Summary:

@@ -90,9 +90,11 @@ def newest_state(run: Path) -> Path | None:
 
 def save_state(
     run: Path, position: Position, model: CLIP, optimizer: torch.optim.Optimizer
-) -> Path:
+) -> None:
     """Write a train state whole or not at all, and drop all but the last two."""
     target = run / "state" / f"step-{position.step:08}"
+    if target.exists():  # stopped just after a save
+        return
     temporary = target.with_name(f".{target.name}")
     temporary.mkdir()
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -107,7 +109,6 @@ def save_state(
     temporary.rename(target)
     for old in sorted((run / "state").glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
-    return target
 
 
 def load_state(path: Path, model: CLIP, optimizer: torch.optim.Optimizer) -> Position:
