@@ -1,9 +1,11 @@
 """The solver reaches scikit-learn's optimum: objectives compared, not tolerances."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from clip_probe import ProbeError, fit_grid
+from clip_probe import ProbeError, fit_grid, solver
 from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -74,6 +76,24 @@ def test_one_class_has_nothing_to_separate() -> None:
     fit = fit_grid(torch.eye(3), torch.zeros(3, dtype=torch.int64), 1, [1.0])
     assert fit.converged.all()
     assert fit.objective.item() == 0.0
+
+
+def test_a_small_problem_takes_one_thread_and_gives_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+    minimise = solver._minimise
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return minimise(*arguments)
+
+    monkeypatch.setattr(solver, "_minimise", watched)
+    torch.set_num_threads(2)
+    fit_grid(*plain(), 10, [1.0])
+    seen.append(torch.get_num_threads())
+    torch.set_num_threads(1)
+    assert seen == [1, 2]
 
 
 def test_stopping_short_is_said() -> None:
