@@ -131,5 +131,6 @@ def fail() -> Callable[..., str]:
 def invoke(*arguments: object) -> Any:
     from clip_probe.cli import main
 
-    encoding = [] if "--help" in arguments else ["--workers", "0", "--device", "cpu"]
-    return CliRunner().invoke(main, [str(a) for a in (*arguments, *encoding)])
+    command, *rest = arguments
+    encoding = ["--workers", "0", "--device", "cpu"]  # before the others, so that these may differ
+    return CliRunner().invoke(main, [str(a) for a in (command, *encoding, *rest)])

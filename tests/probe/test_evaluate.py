@@ -78,7 +78,7 @@ def test_one_line_per_set_and_loader_workers_change_nothing(
 ) -> None:
     first, second = run("zeroshot", model_dir, digits, digits, "--split", "val")
     assert first == second
-    (parallel,) = run("zeroshot", model_dir, digits, "--split", "val", "--batch-size", 7)
+    (parallel,) = run("zeroshot", model_dir, digits, "--split", "val", "--workers", 2)
     assert parallel == first
 
 
@@ -132,6 +132,8 @@ def test_features_that_are_not_numbers(fail: Fail, model: Path, digits: Path) ->
 
 def test_missing_model_and_split(fail: Fail, model_dir: Path, digits: Path, tmp_path: Path) -> None:
     assert "nowhere" in fail("zeroshot", tmp_path / "nowhere", digits)
+    if not torch.cuda.is_available():
+        assert "use --device cpu" in fail("zeroshot", model_dir, digits, "--device", "cuda")
     line = fail("zeroshot", model_dir, digits, "--split", "dev")
     assert "no split 'dev'" in line
     assert "test, train, val" in line

@@ -91,6 +91,15 @@ def test_other_features(run: Run, fail: Fail, model: Path, digits: Path) -> None
     assert "--save-head" in line
 
 
+def test_corrupt_images_can_make_a_class_too_rare(
+    fail: Fail, model: Path, rows: Digits, write_set: WriteSet, tmp_path: Path
+) -> None:
+    others = [row for row in rows[:100] if row[1] != 5]
+    train = [*others, (b"corrupt", 5), next(row for row in rows if row[1] == 5)]
+    path = write_set(tmp_path / "set", {"train": train, "test": rows[300:400]})
+    assert "class 'five' has 1 usable images" in fail("sweep", model, path, "--shots", "2")
+
+
 def test_classes_absent_or_rare(
     run: Run, fail: Fail, model: Path, rows: Digits, write_set: WriteSet, tmp_path: Path
 ) -> None:
@@ -99,7 +108,7 @@ def test_classes_absent_or_rare(
     train = [row for row in train if row not in rare]
     path = write_set(tmp_path / "set", {"train": train, "test": rows[300:400]})
     line = fail("sweep", model, path)
-    assert "class 'two' has 3 images" in line
+    assert "class 'two' has 3 usable images" in line
     assert "fewer than 4 shots: use --shots '1,2'" in line
     (path / "zeroshot_classification_templates.txt").unlink()
     (result,) = run("sweep", model, path, "--shots", "3", "--seeds", 1)

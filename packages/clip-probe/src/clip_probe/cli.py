@@ -5,12 +5,15 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from clip_models import ModelError
 
 from clip_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from clip_models import LoadedModel
 
 FOLDER = click.Path(path_type=Path)
 
@@ -59,9 +62,10 @@ def _encoding_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option(
                 "--device",
+                type=click.Choice(["auto", "cpu", "cuda"]),
                 default="auto",
                 show_default=True,
-                help="A torch device such as cpu or cuda; auto takes cuda where there is one.",
+                help="Where the model runs; auto takes cuda where there is one.",
             ),
         ]
     ):
@@ -69,13 +73,14 @@ def _encoding_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _load(model: Path, device: str) -> Any:
+def _load(model: Path, device: str) -> "LoadedModel":
     import torch
     from clip_models import load_model
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model, device=device)
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ProbeError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    return load_model(model, device="cuda" if cuda and device != "cpu" else "cpu")
 
 
 @click.group(cls=_Group)

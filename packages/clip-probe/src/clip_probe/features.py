@@ -40,7 +40,7 @@ def encode(
     """Encode a split once for all `kinds` of feature.
 
     "post" is the image embedding, "pre" the tower's output before its projection, "pixels" the
-    normalised pixels of the model's own transform, flattened.
+    normalised pixels of the model's own transform, flattened: D = 3 S^2, large unless S is small.
 
     Raises:
         ProbeError: more than 5% of the images cannot be decoded, or a feature is not finite.

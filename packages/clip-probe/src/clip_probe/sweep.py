@@ -57,13 +57,10 @@ def sweep(
     names = {"train": train_split, "val": val_split, "test": test_split}
     splits = {role: open_split(dataset, name) for role, name in names.items() if name}
     train, test, classes = splits["train"], splits["test"], len(splits["train"].class_names)
-    _check_shots(train, shots)
+    _check_shots(train, torch.tensor(train.labels), shots)
     settings: dict[str, Any] = {
-        "task": "sweep",
-        "model": str(model.path),
         "fingerprint": model.fingerprint,
         "preprocess": model.preprocess.hash,
-        "dataset": str(dataset),
         "splits": names,
         "digests": {role: split.digest for role, split in splits.items()},
         "feature": feature,
@@ -91,9 +88,10 @@ def sweep(
     }
     rows = {role: Rows(F.normalize(e.features[feature]), e.labels) for role, e in encoded.items()}
     train_rows, val_rows = rows["train"], rows.get("val")
+    _check_shots(train, train_rows.labels, shots)  # again: some images may be corrupt
     absent = sorted(set(range(classes)) - set(train_rows.labels.tolist()))
     if absent:
-        logger.warning("%d classes have no image in %r: never predicted", len(absent), train_split)
+        logger.warning("%d classes have no image in split %r", len(absent), train_split)
 
     def tested(logits: Callable[[Tensor], Tensor], kind: Feature = feature) -> Scores:
         best = best_classes(logits, encoded["test"].features[kind])
@@ -117,6 +115,9 @@ def sweep(
     full = full_probe(train_rows, val_rows, classes)
     scores = tested(full.logits)
     result = {
+        "task": "sweep",
+        "model": str(model.path),
+        "dataset": str(dataset),
         **settings,
         "samples": {role: len(e.labels) for role, e in encoded.items()},
         "failed": {role: e.failed for role, e in encoded.items()},
@@ -146,15 +147,16 @@ def _choice(probe: Probe) -> dict[str, Any]:
     }
 
 
-def _check_shots(train: Split, shots: Sequence[int]) -> None:
-    counts = torch.tensor(train.labels).bincount()
+def _check_shots(train: Split, labels_N: Tensor, shots: Sequence[int]) -> None:
+    counts = labels_N.bincount()
     counts[counts == 0] = counts.max()  # an absent class is reported, not drawn from
     label, fewest = int(counts.argmin()), int(counts.min())
     if too_many := [k for k in shots if k > fewest]:
         enough = ",".join(str(k) for k in shots if k <= fewest)
         raise ProbeError(
-            f"class {train.class_names[label]!r} has {fewest} images in split {train.name!r} of "
-            f"{train.path}, fewer than {too_many[0]} shots: use --shots '{enough}'"
+            f"class {train.class_names[label]!r} has {fewest} usable images in split "
+            f"{train.name!r} of {train.path}, fewer than {too_many[0]} shots: "
+            f"use --shots '{enough}'"
         )
 
 
