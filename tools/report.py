@@ -1,6 +1,6 @@
 """The quickstart's results as a table on the terminal and as one self-contained page.
 
-    python tools/report.py OUT        reads the files that tools/quickstart.sh left in OUT
+python tools/report.py OUT        reads the files that tools/quickstart.sh left in OUT
 """
 
 import base64
@@ -91,7 +91,9 @@ def curve_points(out: Path) -> Iterable[dict[str, Any]]:
 def table(rows: list[tuple[str, str, str]]) -> str:
     width, middle = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines = [f"{'':<{width}}  {'figure (95% interval)':<{middle}}  chance"]
-    lines += [f"{what:<{width}}  {figure:<{middle}}  {chance}".rstrip() for what, figure, chance in rows]
+    lines += [
+        f"{what:<{width}}  {figure:<{middle}}  {chance}".rstrip() for what, figure, chance in rows
+    ]
     return "\n".join(lines)
 
 
@@ -121,8 +123,8 @@ def page(out: Path, rows: list[tuple[str, str, str]]) -> str:
     shown = splits["held_out"][:: max(1, len(splits["held_out"]) // 16)][:16]
     parts.append("<h2>Concepts never trained on</h2><div class=sheet>")
     for style, about in STYLES.items():
-        test = read(demo, f"categories/{style}-test.jsonl")
-        images = {row["concept"]: demo / "categories" / row["image"] for row in test}
+        test = read(demo, f"categories-{style}-test.jsonl")
+        images = {row["concept"]: demo / row["image"] for row in test}
         pictures = "".join(
             f'<img src="{data_uri(images[concept].read_bytes())}" alt="{html.escape(concept)}">'
             for concept in shown

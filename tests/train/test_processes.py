@@ -169,3 +169,17 @@ def test_root_file_is_for_launchers() -> None:
     text = (ROOT / "clip-train").read_text()
     assert text.startswith("from clip_train.cli import main\n")
     assert len([line for line in text.splitlines() if line]) == 3
+
+
+def test_an_error_in_a_step_ends_the_run_with_its_workers(data: Path, tmp_path: Path) -> None:
+    """Workers ignore SIGTERM; an exit that waited for them would hang."""
+    code = (
+        "import sys, clip_train.loop\n"
+        "def fail(*args, **kwargs): raise RuntimeError('a bug')\n"
+        "clip_train.loop.train_step = fail\n"
+        "from clip_train.cli import main\n"
+        "main(sys.argv[1:])"
+    )
+    process = run([sys.executable, "-c", code, *arguments(data, tmp_path / "run", workers=1)])
+    assert process.returncode == 1
+    assert "RuntimeError: a bug" in process.stderr

@@ -119,6 +119,7 @@ class TimmTower(nn.Module):
             classes = 0 if proj == "none" else embed_dim
             pool = config.timm_pool
             self.trunk = timm.create_model(name, num_classes=classes, global_pool=pool, **options)
+        self.trunk.to(memory_format=torch.channels_last)  # convolutions run faster so
         self.head = nn.Sequential()
         width, bias = int(self.trunk.num_features), config.timm_proj_bias
         if proj == "linear":
@@ -131,12 +132,12 @@ class TimmTower(nn.Module):
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         """[B, 3, S, S], normalised -> [B, W], pooled."""
-        x = self.trunk.forward_features(images_BCHW)
-        return self.trunk.forward_head(x, pre_logits=True)
+        images = images_BCHW.contiguous(memory_format=torch.channels_last)
+        return self.trunk.forward_head(self.trunk.forward_features(images), pre_logits=True)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """[B, 3, S, S], normalised -> [B, E]"""
-        return self.head(self.trunk(images_BCHW))
+        return self.head(self.trunk(images_BCHW.contiguous(memory_format=torch.channels_last)))
 
 
 def build_image_tower(

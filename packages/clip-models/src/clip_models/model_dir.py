@@ -101,7 +101,7 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     for name, tensor in _read_weights(path):
         found[_memory_name(name, config)] = tensor.float() if tensor.is_floating_point() else tensor
     _check_names(path, config, expected, found)
-    model.load_state_dict(found, assign=True)
+    model.load_state_dict(found, assign=on_meta)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     try:

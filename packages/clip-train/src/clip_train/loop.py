@@ -132,23 +132,26 @@ class Trainer:
             disable=None if self.main else True,  # None: only on a terminal
         )
         meter = metrics.Meter(self.position.step, config.batch_size)
-        with progress, Agreement(self.accelerator.num_processes) as agreement:
-            for _ in steps:
-                with meter.waiting():
-                    batch = next(loader)
-                if self._agree(agreement, batch) == "stop":
-                    self._save()
-                    return _summary("stopped", config, self.position)
-                update = self._step(batch)
-                last = self.position.step == config.steps
-                if last or self.position.step % config.log_every == 0:
-                    row = self._row(update) | meter.rates(self.position.step)
-                    if self.main:
-                        metrics.append(config.output, row)
-                    progress.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                if not last and self.position.step % config.save_every == 0:
-                    self._save()
-                progress.update(config.batch_size)
+        try:
+            with progress, Agreement(self.accelerator.num_processes) as agreement:
+                for _ in steps:
+                    with meter.waiting():
+                        batch = next(loader)
+                    if self._agree(agreement, batch) == "stop":
+                        self._save()
+                        return _summary("stopped", config, self.position)
+                    update = self._step(batch)
+                    last = self.position.step == config.steps
+                    if last or self.position.step % config.log_every == 0:
+                        row = self._row(update) | meter.rates(self.position.step)
+                        if self.main:
+                            metrics.append(config.output, row)
+                        progress.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    if not last and self.position.step % config.save_every == 0:
+                        self._save()
+                    progress.update(config.batch_size)
+        finally:
+            del loader  # ends its workers: they ignore SIGTERM, so an exit on an error would hang
         self._finish()
         return _summary("finished", config, self.position)
 

@@ -38,6 +38,13 @@ def start_processes() -> Accelerator:
             f"{found} in its group; several on CPU: "
             "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 clip-train ..."
         )
+    # `accelerate launch` sets OMP_NUM_THREADS to 1, for GPUs; a CPU that trains alone needs all
+    if (
+        accelerator.device.type == "cpu"
+        and found == 1
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):
+        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
     engines = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in engines:
         raise TrainError(
