@@ -10,7 +10,7 @@ set -euo pipefail
 tools=$(cd "$(dirname "$0")" && pwd)
 cd "$tools/.." # `accelerate launch clip-train` is written for the repository root
 out=${1:-quickstart}
-samples=112000 iterations=100                                    # pairs to train on, fine-tuning steps
+samples=100000 iterations=100                                    # pairs to train on, fine-tuning steps
 [ -z "${QUICKSTART_SHORT:-}" ] || { samples=6400 iterations=10; } # for the tests
 mkdir -p "$out"
 ran=0
