@@ -173,9 +173,10 @@ def test_run_again(base: Path, digits_set: Path, tmp_path: Path):
 
 
 def test_the_state_of_another_run_is_refused(base: Path, digits_set: Path, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "clip_finetune.loop.Trainer.publish", lambda *_: os.kill(os.getpid(), signal.SIGINT)
-    )
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clip_finetune.loop.Trainer.publish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(base, tmp_path / "out", config(digits_set, save_every=5))
     with pytest.raises(FinetuneError, match=r"another run's \(arguments.seed is 0 there, 1 here"):
