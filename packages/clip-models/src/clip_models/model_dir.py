@@ -178,7 +178,7 @@ def _new_directory(path: str | os.PathLike[str]) -> Generator[Path]:
     try:
         yield temporary
         temporary.rename(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: it is raised again, and no half of a model stays
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
