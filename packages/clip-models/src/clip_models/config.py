@@ -17,39 +17,23 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Fields of open_clip that are read only at the value named: they choose parts we do not build.
 _FIXED_VISION: dict[str, Any] = {
-    "ls_init_value": None,
     "attentional_pool": False,
     "attn_pooler_queries": 256,
     "attn_pooler_heads": 8,
-    "no_ln_pre": False,
     "pos_embed_type": "learnable",
-    "final_ln_after_pool": False,
     "output_tokens": False,
-    "timm_model_pretrained": False,
     "act_kwargs": None,
     "norm_kwargs": None,
 }
 _FIXED_TEXT: dict[str, Any] = {
-    "hf_tokenizer_name": None,
-    "hf_model_name": None,
-    "hf_model_pretrained": True,
-    "hf_proj_type": "mlp",
-    "hf_pooler_type": "mean_pooler",
     "tokenizer_mode": None,
-    "tokenizer_kwargs": None,
-    "ls_init_value": None,
     "embed_cls": False,
     "pad_id": 0,
-    "eos_id": 2,
-    "no_causal_mask": False,
     "final_ln_after_pool": False,
-    "pool_type": "argmax",
-    "proj_bias": False,
-    "proj_type": "linear",
     "output_tokens": False,
-    "act_kwargs": None,
-    "norm_kwargs": None,
 }
+# Fields that say where open_clip gets first weights from: a model directory has its own.
+_IGNORED = {"timm_model_pretrained"}
 _FIXED_BLOCK: dict[str, Any] = {
     "block_type": None,
     "qk_norm": False,
@@ -68,6 +52,8 @@ def _read(cls: type[_T], values: dict[str, Any], fixed: dict[str, Any], where: s
     for name, value in values.items():
         if name in known:
             taken[name] = value
+        elif name in _IGNORED:
+            continue
         elif name not in fixed:
             raise ModelError(f"{where}: unknown field {name!r}; known: {', '.join(sorted(known))}")
         elif value != fixed[name]:
@@ -84,15 +70,22 @@ def _read(cls: type[_T], values: dict[str, Any], fixed: dict[str, Any], where: s
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """open_clip's `vision_cfg`: a vision transformer, or a timm model if `timm_model_name`."""
+    """open_clip's `vision_cfg`.
+
+    A timm model if `timm_model_name`, OpenAI's ResNet if `layers` lists four stages, else a vision
+    transformer.
+    """
 
     image_size: int = 224
-    layers: int = 12
+    layers: int | tuple[int, ...] = 12
     width: int = 768
     head_width: int = 64
     mlp_ratio: float = 4.0
-    patch_size: int = 16
+    patch_size: int | None = 16  # None: a ResNet has none
+    ls_init_value: float | None = None
     patch_dropout: float = 0.0
+    no_ln_pre: bool = False
+    final_ln_after_pool: bool = False
     pool_type: str = "tok"
     timm_model_name: str | None = None
     timm_pool: str = "avg"
@@ -102,14 +95,21 @@ class VisionConfig:
     timm_drop_path: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "layers", "patch_size"):
-            if not isinstance(getattr(self, name), int):
-                raise ModelError(
-                    f"vision_cfg: {name} = {getattr(self, name)!r} is not supported, only one "
-                    "integer; open this model in open_clip"
-                )
+        if isinstance(self.layers, list):  # as JSON has it
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if not isinstance(self.image_size, int):
+            raise ModelError(
+                f"vision_cfg: image_size = {self.image_size!r} is not supported, only one integer; "
+                "open this model in open_clip"
+            )
         if self.timm_model_name is not None:
             return
+        if isinstance(self.layers, tuple):
+            if len(self.layers) != 4:
+                raise ModelError(f"vision_cfg: layers {self.layers}; a ResNet has four stages")
+            return
+        if not isinstance(self.patch_size, int):
+            raise ModelError(f"vision_cfg: patch_size = {self.patch_size!r}; it must be an integer")
         if self.pool_type not in ("tok", "avg"):
             raise ModelError(f"vision_cfg: pool_type {self.pool_type!r}; known: tok, avg")
         if self.width % self.head_width or self.image_size < self.patch_size:
@@ -122,7 +122,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """open_clip's `text_cfg`: the causal CLIP text transformer."""
+    """open_clip's `text_cfg`.
+
+    A Hugging Face model if `hf_model_name`, else CLIP's text transformer, causal unless
+    `no_causal_mask` (SigLIP). `hf_tokenizer_name` replaces CLIP's tokenizer under either.
+    """
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -130,12 +134,40 @@ class TextConfig:
     heads: int = 8
     layers: int = 12
     mlp_ratio: float = 4.0
+    ls_init_value: float | None = None
+    no_causal_mask: bool = False
+    pool_type: str = "argmax"
+    eos_id: int = 2
+    proj_type: str = "linear"
+    proj_bias: bool = False
+    act_kwargs: dict[str, Any] | None = None
+    norm_kwargs: dict[str, Any] | None = None
+    hf_model_name: str | None = None
+    hf_model_pretrained: bool = True
+    hf_proj_type: str | None = "mlp"
+    hf_pooler_type: str = "mean_pooler"
+    hf_tokenizer_name: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.hf_model_name is not None:
+            if self.hf_proj_type not in ("mlp", "linear", None):
+                raise ModelError(f"text_cfg: hf_proj_type {self.hf_proj_type!r}; known: mlp, linear")
+            return
         if self.width % self.heads:
             raise ModelError(
                 f"text_cfg: width {self.width} must be a multiple of heads {self.heads}"
             )
+        if self.pool_type not in ("argmax", "eos", "first", "last"):
+            raise ModelError(
+                f"text_cfg: pool_type {self.pool_type!r}; known: argmax, eos, first, last"
+            )
+        if self.proj_type not in ("linear", "none"):
+            raise ModelError(f"text_cfg: proj_type {self.proj_type!r}; known: linear, none")
+        if self.act_kwargs not in (None, {}, {"approximate": "none"}, {"approximate": "tanh"}):
+            raise ModelError(f"text_cfg: act_kwargs {self.act_kwargs!r}; known: approximate: tanh")
+        if not (self.norm_kwargs or {}).keys() <= {"eps"}:
+            raise ModelError(f"text_cfg: norm_kwargs {self.norm_kwargs!r}; known: eps")
 
 
 @dataclass(frozen=True)
@@ -145,7 +177,7 @@ class ModelConfig:
     Attributes:
         embed_dim: E, the width both towers project to.
         quick_gelu: OpenAI's activation; needed by OpenAI's weights, wrong for LAION's.
-        custom_text: the file holds the text tower under `text.` (open_clip's CustomTextCLIP).
+        custom_text: the text tower's names start with `text.` (open_clip's CustomTextCLIP).
         init_logit_scale: the log of the logit scale at the start, ln(1 / 0.07).
         init_logit_bias: start of SigLIP's logit bias; None: no bias.
     """
@@ -157,6 +189,11 @@ class ModelConfig:
     custom_text: bool = False
     init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
+
+    @property
+    def text_prefixed(self) -> bool:
+        """Whether the file holds the text tower under `text.`, not at the top level."""
+        return self.custom_text or self.text_cfg.hf_model_name is not None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -185,29 +222,31 @@ class ModelConfig:
             (values["text_cfg"], TextConfig()),
         ):
             for f in fields(default):
-                if f.name in _OPTIONAL and table[f.name] == getattr(default, f.name):
+                if f.name not in _ALWAYS and table[f.name] == getattr(default, f.name):
                     del table[f.name]
-        vision = values["vision_cfg"]
         if self.vision_cfg.timm_model_name is not None:
             for name in ("layers", "width", "head_width", "mlp_ratio", "patch_size"):
-                del vision[name]
+                del values["vision_cfg"][name]
+        if self.text_cfg.hf_model_name is not None:
+            for name in ("vocab_size", "width", "heads", "layers", "mlp_ratio"):
+                del values["text_cfg"][name]
         return values
 
 
-# Written only where they differ from the default: the published configs leave them out too.
-_OPTIONAL = {
-    "quick_gelu",
-    "custom_text",
-    "init_logit_scale",
-    "init_logit_bias",
-    "patch_dropout",
-    "pool_type",
-    "timm_model_name",
-    "timm_pool",
-    "timm_proj",
-    "timm_proj_bias",
-    "timm_drop",
-    "timm_drop_path",
+# Written always; others only where they differ from the default, as the published configs do.
+_ALWAYS = {
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "image_size",
+    "layers",
+    "width",
+    "head_width",
+    "mlp_ratio",
+    "patch_size",
+    "context_length",
+    "vocab_size",
+    "heads",
 }
 
 

@@ -2,6 +2,8 @@
 
 # B batch, S image size, L context length, E embedding, W width of the image tower
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,15 @@ from torch import Tensor, nn
 from clip_models.config import ModelConfig
 from clip_models.image_tower import build_image_tower
 from clip_models.text_tower import TextTransformer
+
+
+class Output(NamedTuple):
+    """What the loss takes: `loss(*model(images, tokens))`."""
+
+    image_features_BE: Tensor  # of length 1
+    text_features_BE: Tensor  # of length 1
+    logit_scale: Tensor  # the factor, exp of the parameter
+    logit_bias: Tensor | None
 
 
 class CLIP(nn.Module):
@@ -47,8 +58,8 @@ class CLIP(nn.Module):
         features = self.text(tokens_BL)
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both embeddings [B, E], of length 1, and exp(logit_scale): what the loss takes."""
+    def forward(self, images_BCHW: Tensor, tokens_BL: Tensor) -> Output:
+        """Normalised pixels [B, 3, S, S] and token ids [B, L] -> what the loss takes."""
         images_BE = self.encode_image(images_BCHW, normalize=True)
         texts_BE = self.encode_text(tokens_BL, normalize=True)
-        return images_BE, texts_BE, self.logit_scale.exp()
+        return Output(images_BE, texts_BE, self.logit_scale.exp(), self.logit_bias)
