@@ -87,7 +87,7 @@ def test_fast_paths_equal_plain_ones(kind: str, checkpointing: bool) -> None:
         model.visual.fast = model.text.fast = fast
         model.visual.transformer.grad_checkpointing = checkpointing and fast
         model.text.transformer.grad_checkpointing = checkpointing and fast
-        image, text, scale = model(images, tokens)
+        image, text, scale, _ = model(images, tokens)
         weights = torch.linspace(-1, 1, image.numel(), dtype=torch.float64).view_as(image)
         (scale * (image * weights).sum() + (text * weights.flip(0)).sum()).backward()
         gradients = [p.grad for p in model.parameters()]

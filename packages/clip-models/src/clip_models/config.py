@@ -97,9 +97,10 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layers, list):  # as JSON has it
             object.__setattr__(self, "layers", tuple(self.layers))
-        if not isinstance(self.image_size, int):
+        size: Any = self.image_size
+        if not isinstance(size, int):
             raise ModelError(
-                f"vision_cfg: image_size = {self.image_size!r} is not supported, only one integer; "
+                f"vision_cfg: image_size = {size!r} is not supported, only one integer; "
                 "open this model in open_clip"
             )
         if self.timm_model_name is not None:
@@ -152,7 +153,9 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.hf_model_name is not None:
             if self.hf_proj_type not in ("mlp", "linear", None):
-                raise ModelError(f"text_cfg: hf_proj_type {self.hf_proj_type!r}; known: mlp, linear")
+                raise ModelError(
+                    f"text_cfg: hf_proj_type {self.hf_proj_type!r}; known: mlp, linear"
+                )
             return
         if self.width % self.heads:
             raise ModelError(

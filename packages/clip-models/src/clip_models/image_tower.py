@@ -6,14 +6,18 @@ the embedding.
 
 # B batch, C channels, N patches + 1, W width of the tower, E embedding
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from clip_models.config import VisionConfig
 from clip_models.errors import ModelError
-from clip_models.transformer import LayerNorm, Layout, Transformer
+from clip_models.freeze import freeze_all_but, still_locked_norms
+from clip_models.transformer import BlockConfig, Dense, LayerNorm, Transformer
+
+if TYPE_CHECKING:
+    from clip_models.resnet_tower import ModifiedResNet
 
 
 class VisionTransformer(nn.Module):
@@ -28,16 +32,22 @@ class VisionTransformer(nn.Module):
         width = config.width
         self.config = config
         self.fast = True
-        patches = (config.image_size // config.patch_size) ** 2
+        patch, layers = cast(int, config.patch_size), cast(int, config.layers)
+        patches = (config.image_size // patch) ** 2
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(patches + 1, width))
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
-        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
-        self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(
-            width, config.layers, width // config.head_width, config.mlp_ratio, quick_gelu
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.ln_pre = nn.Identity() if config.no_ln_pre else LayerNorm(width)
+        block = BlockConfig(
+            width=width,
+            heads=width // config.head_width,
+            mlp_ratio=config.mlp_ratio,
+            quick_gelu=quick_gelu,
+            ls_init_value=config.ls_init_value,
         )
+        self.transformer = Transformer(block, layers)
         self.ln_post = LayerNorm(width)
 
     def features(self, images_BCHW: Tensor) -> Tensor:
@@ -54,15 +64,14 @@ class VisionTransformer(nn.Module):
         x_BNW = torch.cat([class_token, x_BNW], dim=1)
         x_BNW = self._drop_patches(x_BNW + self.positional_embedding.to(x_BNW.dtype))
         length = x_BNW.shape[1]
-        layout = Layout(
-            groups=[(batch, length)],
-            causal=False,
-            pooled_S=torch.arange(0, batch * length, length, device=x_BNW.device),
-        )
+        starts_B = torch.arange(0, batch * length, length, device=x_BNW.device)
+        layout = Dense(length, causal=False, pooled_S=starts_B)
         x_TW = self.ln_pre(x_BNW).flatten(0, 1)
         if self.config.pool_type == "avg":
-            x_BNW = self.ln_post(self.transformer(x_TW, layout)).view(batch, length, -1)
-            return x_BNW[:, 1:].mean(dim=1)
+            x_BNW = self.transformer(x_TW, layout).view(batch, length, -1)
+            if self.config.final_ln_after_pool:
+                return self.ln_post(x_BNW[:, 1:].mean(dim=1))
+            return self.ln_post(x_BNW)[:, 1:].mean(dim=1)
         if self.fast:
             return self.ln_post(self.transformer.pooled(x_TW, layout))
         return self.ln_post(self.transformer(x_TW, layout)[layout.pooled_S])
@@ -81,6 +90,24 @@ class VisionTransformer(nn.Module):
         chosen = torch.rand(batch, length - 1, device=x_BNW.device).topk(keep).indices + 1
         patches = x_BNW.gather(1, chosen.unsqueeze(-1).expand(-1, -1, width))
         return torch.cat([x_BNW[:, :1], patches], dim=1)
+
+    def lock(self, unlocked_groups: int = 0) -> None:
+        """Freeze all but the last groups: the projection, the last block and norm, each block."""
+        blocks = list(self.transformer.resblocks)
+        freeze_all_but(
+            unlocked_groups,
+            self,
+            [
+                [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre],
+                *([block] for block in blocks[:-1]),
+                [blocks[-1], self.ln_post],
+                [self.proj],
+            ],
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.transformer.grad_checkpointing = enable
 
 
 class TimmTower(nn.Module):
@@ -139,11 +166,37 @@ class TimmTower(nn.Module):
         """[B, 3, S, S], normalised -> [B, E]"""
         return self.head(self.trunk(images_BCHW.contiguous(memory_format=torch.channels_last)))
 
+    def lock(self, unlocked_groups: int = 0) -> None:
+        """Freeze the trunk, or all of it but its last groups as timm counts them.
+
+        The projection in `head` stays free. Locked batch norms keep their statistics.
+        """
+        from timm.models import group_parameters
+
+        groups: Any = group_parameters(self.trunk, self.trunk.group_matcher())
+        for group in sorted(groups)[: len(groups) - unlocked_groups]:
+            for name in groups[group]:
+                self.trunk.get_parameter(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        still_locked_norms(self.trunk)
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute stages in the backward pass, where the timm model offers it."""
+        self.trunk.set_grad_checkpointing(enable)
+
 
 def build_image_tower(
     config: VisionConfig, embed_dim: int, quick_gelu: bool
-) -> VisionTransformer | TimmTower:
+) -> "VisionTransformer | TimmTower | ModifiedResNet":
     """The tower that `config` describes, with random weights."""
     if config.timm_model_name is not None:
         return TimmTower(config, embed_dim)
+    if isinstance(config.layers, tuple):
+        from clip_models.resnet_tower import ModifiedResNet
+
+        return ModifiedResNet(config, embed_dim)
     return VisionTransformer(config, embed_dim, quick_gelu)

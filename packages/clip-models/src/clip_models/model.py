@@ -2,7 +2,7 @@
 
 # B batch, S image size, L context length, E embedding, W width of the image tower
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clip_models.config import ModelConfig
 from clip_models.image_tower import build_image_tower
-from clip_models.text_tower import TextTransformer
+from clip_models.text_tower import build_text_tower
 
 
 class Output(NamedTuple):
@@ -35,11 +35,12 @@ class CLIP(nn.Module):
         logit_bias: SigLIP's offset of the logits, a scalar; None in other models.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, hf_config: Any = None) -> None:
+        """Args: hf_config: a Hugging Face text model's own configuration; None: read by name."""
         super().__init__()
         self.config = config
         self.visual = build_image_tower(config.vision_cfg, config.embed_dim, config.quick_gelu)
-        self.text = TextTransformer(config.text_cfg, config.embed_dim, config.quick_gelu)
+        self.text = build_text_tower(config, hf_config)
         self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
         bias = config.init_logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -63,3 +64,20 @@ class CLIP(nn.Module):
         images_BE = self.encode_image(images_BCHW, normalize=True)
         texts_BE = self.encode_text(tokens_BL, normalize=True)
         return Output(images_BE, texts_BE, self.logit_scale.exp(), self.logit_bias)
+
+    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
+        """Freeze the image tower except its last groups (LiT, 2111.07991), as open_clip counts.
+
+        In a ViT the last group is the projection, then the last block with its norm, then block by
+        block, then the patch embedding.
+        """
+        self.visual.lock(unlocked_groups)
+
+    def lock_text_tower(self, unlocked_layers: int = 0) -> None:
+        """Freeze the text tower except its last groups, counted as in the image tower."""
+        self.text.lock(unlocked_layers)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep no activations within blocks and recompute them: less memory, a third more work."""
+        self.visual.set_grad_checkpointing(enable)
+        self.text.set_grad_checkpointing(enable)

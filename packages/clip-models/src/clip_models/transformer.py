@@ -2,10 +2,8 @@
 
 Rows are tokens, not (sequence, position) pairs: captions of different length follow one another,
 so linear layers and norms never touch a padded position. Only attention has to know where a
-sequence starts and ends, and sequences come sorted by length, so it runs once per distinct length
-on plain views of the rows. An image tower is the case of a single length.
-
-Module and parameter names are open_clip's, so its weights load without translation.
+sequence starts and ends. Module and parameter names are open_clip's, so its weights load without
+translation.
 """
 
 # T tokens of all sequences, S sequences, L length of one sequence, D width, H heads, K head width
@@ -17,30 +15,67 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where sequences lie in the token rows.
+class Dense:
+    """Sequences of one length: an image's patches, or captions with their padding.
 
     Attributes:
-        groups: (number of sequences, their length) for each stretch of equally long sequences.
+        length: L.
         causal: a token sees only the tokens before it and itself.
-        pooled_S: the row of each sequence's pooled token: its class token, or its end of text.
+        pooled_S: the row of each sequence's pooled token, its class token for example; a causal
+            sequence's must be its last if the last block is computed for it alone.
     """
 
-    groups: Sequence[tuple[int, int]]
+    length: int
     causal: bool
     pooled_S: Tensor
 
-    def split(self, x_TD: Tensor) -> list[Tensor]:
-        """Each group's rows as [S, L, D] views."""
-        rows = x_TD.split([count * length for count, length in self.groups])
-        return [
-            part.view(count, length, -1)
-            for part, (count, length) in zip(rows, self.groups, strict=True)
-        ]
+
+@dataclass(frozen=True)
+class Packed:
+    """Causal sequences of different lengths, shortest first, each pooled at its last token.
+
+    Attributes:
+        groups: (number of sequences, their length) for each stretch of equally long sequences.
+        bounds_S1: int32, the row where each sequence starts, and T.
+        longest: at least the longest length; a constant, so that compiled code fits every batch.
+        pooled_S: the row of each sequence's last token.
+    """
+
+    groups: Sequence[tuple[int, int]]
+    bounds_S1: Tensor
+    longest: int
+    pooled_S: Tensor
+
+
+Layout = Dense | Packed
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What every block of a tower has in common.
+
+    Attributes:
+        width: D.
+        heads: H.
+        mlp_ratio: width of the MLP over D.
+        quick_gelu: OpenAI's activation instead of GELU.
+        gelu: GELU's `approximate`, "none" or "tanh".
+        norm_eps: of the layer norms.
+        ls_init_value: start of LayerScale (2103.17239); None: none.
+    """
+
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    quick_gelu: bool = False
+    gelu: str = "none"
+    norm_eps: float = 1e-5
+    ls_init_value: float | None = None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -55,6 +90,17 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
+
+
+class LayerScale(nn.Module):
+    """A learned gain on a block's branch."""
+
+    def __init__(self, width: int, init_value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Attention(nn.Module):
@@ -72,48 +118,97 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """Every token attends: [T, D] -> [T, D]."""
         qkv = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias)
-        parts: list[Tensor] = []
-        for group in layout.split(qkv):
-            q, k, v = self._heads(group).unbind(0)
-            y_SHLK = F.scaled_dot_product_attention(q, k, v, is_causal=layout.causal)
-            parts.append(y_SHLK.transpose(1, 2).reshape(-1, x_TD.shape[-1]))
-        return cast(Tensor, self.out_proj(parts[0] if len(parts) == 1 else torch.cat(parts)))
+        if isinstance(layout, Dense):
+            y_TD = _attend(qkv, layout.length, self.heads, layout.causal)
+        elif _has_varlen(qkv):
+            q, k, v = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)
+            bounds, longest = layout.bounds_S1, layout.longest
+            y = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
+            y_TD = cast(Tensor, y).flatten(1)
+        else:
+            y_TD = _attend_groups(qkv, layout, self.heads)
+        return cast(Tensor, self.out_proj(y_TD))
 
     def pooled(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """Only each sequence's pooled token attends: [T, D] -> [S, D].
 
-        The pooled token sees its whole sequence: a class token does because image attention is not
-        causal, an end of text because it is the last token.
+        It sees its whole sequence: in a causal one because it is the last token.
         """
         width = x_TD.shape[-1]
         w_q, w_kv = self.in_proj_weight.split([width, 2 * width])
         b_q, b_kv = self.in_proj_bias.split([width, 2 * width])
         q_SD = F.linear(x_TD[layout.pooled_S], w_q, b_q)
         kv = F.linear(x_TD, w_kv, b_kv)
-        parts: list[Tensor] = []
-        queries = q_SD.split([count for count, _ in layout.groups])
-        for q, group in zip(queries, layout.split(kv), strict=True):
-            k, v = self._heads(group).unbind(0)
-            y_SH1K = F.scaled_dot_product_attention(self._heads(q.unsqueeze(1))[0], k, v)
-            parts.append(y_SH1K.reshape(-1, width))
-        return cast(Tensor, self.out_proj(parts[0] if len(parts) == 1 else torch.cat(parts)))
+        if isinstance(layout, Dense):
+            y_SD = _attend_pooled(q_SD, kv, layout.length, self.heads)
+        elif _has_varlen(kv):
+            k, v = kv.view(len(kv), 2, self.heads, -1).unbind(1)
+            q = q_SD.view(len(q_SD), self.heads, -1)
+            ones_S1 = torch.arange(len(q_SD) + 1, device=kv.device, dtype=torch.int32)
+            y = varlen_attn(q, k, v, ones_S1, layout.bounds_S1, 1, layout.longest)
+            y_SD = cast(Tensor, y).flatten(1)
+        else:
+            y_SD = _attend_pooled_groups(q_SD, kv, layout, self.heads)
+        return cast(Tensor, self.out_proj(y_SD))
 
-    def _heads(self, x_SLD: Tensor) -> Tensor:
-        """[S, L, n * D] -> [n, S, H, L, K]"""
-        sequences, length, _ = x_SLD.shape
-        head_width = self.out_proj.in_features // self.heads
-        x = x_SLD.view(sequences, length, -1, self.heads, head_width)
-        return x.permute(2, 0, 3, 1, 4)
+
+def _has_varlen(x: Tensor) -> bool:
+    """Whether torch has an attention for packed rows of this kind: flash, in half precision."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _split_heads(x_TD: Tensor, length: int, heads: int, parts: int) -> tuple[Tensor, ...]:
+    """[S * L, parts * D] -> parts views [S, H, L, K]"""
+    x = x_TD.view(-1, length, parts, heads, x_TD.shape[-1] // (parts * heads))
+    return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _attend(qkv: Tensor, length: int, heads: int, causal: bool) -> Tensor:
+    """[S * L, 3 D] -> [S * L, D]"""
+    q, k, v = _split_heads(qkv, length, heads, 3)
+    y_SHLK = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return y_SHLK.transpose(1, 2).reshape(len(qkv), -1)
+
+
+def _attend_pooled(q_SD: Tensor, kv: Tensor, length: int, heads: int) -> Tensor:
+    """One query a sequence: [S, D] and [S * L, 2 D] -> [S, D]"""
+    (q,) = _split_heads(q_SD, 1, heads, 1)
+    k, v = _split_heads(kv, length, heads, 2)
+    return F.scaled_dot_product_attention(q, k, v).reshape(len(q_SD), -1)
+
+
+# Without varlen attention: once for each distinct length, on views of the rows. Kept out of
+# torch.compile, which would compile anew for every batch's lengths.
+@torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
+def _attend_groups(qkv: Tensor, layout: Packed, heads: int) -> Tensor:
+    rows = qkv.split([count * length for count, length in layout.groups])
+    parts = [
+        _attend(part, length, heads, causal=True)
+        for part, (_, length) in zip(rows, layout.groups, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
+def _attend_pooled_groups(q_SD: Tensor, kv: Tensor, layout: Packed, heads: int) -> Tensor:
+    queries = q_SD.split([count for count, _ in layout.groups])
+    rows = kv.split([count * length for count, length in layout.groups])
+    parts = [
+        _attend_pooled(q, part, length, heads)
+        for q, part, (_, length) in zip(queries, rows, layout.groups, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class MLP(nn.Module):
     """Linear, activation, linear."""
 
-    def __init__(self, width: int, hidden: int, quick_gelu: bool) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, hidden)
-        self.gelu = QuickGELU() if quick_gelu else nn.GELU()
-        self.c_proj = nn.Linear(hidden, width)
+        hidden = int(config.width * config.mlp_ratio)
+        self.c_fc = nn.Linear(config.width, hidden)
+        self.gelu = QuickGELU() if config.quick_gelu else nn.GELU(config.gelu)
+        self.c_proj = nn.Linear(hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.c_proj(self.gelu(self.c_fc(x))))
@@ -122,21 +217,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm residual block."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, quick_gelu: bool) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ln_2 = LayerNorm(width)
-        self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu)
+        width, ls = config.width, config.ls_init_value
+        self.ln_1 = LayerNorm(width, config.norm_eps)
+        self.attn = Attention(width, config.heads)
+        self.ls_1 = nn.Identity() if ls is None else LayerScale(width, ls)
+        self.ln_2 = LayerNorm(width, config.norm_eps)
+        self.mlp = MLP(config)
+        self.ls_2 = nn.Identity() if ls is None else LayerScale(width, ls)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        x_TD = x_TD + self.attn(self.ln_1(x_TD), layout)
-        return x_TD + self.mlp(self.ln_2(x_TD))
+        x_TD = x_TD + self.ls_1(self.attn(self.ln_1(x_TD), layout))
+        return x_TD + self.ls_2(self.mlp(self.ln_2(x_TD)))
 
     def pooled(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """The block's output for the pooled tokens alone: [T, D] -> [S, D]."""
-        x_SD = x_TD[layout.pooled_S] + self.attn.pooled(self.ln_1(x_TD), layout)
-        return x_SD + self.mlp(self.ln_2(x_SD))
+        attended_SD = self.ls_1(self.attn.pooled(self.ln_1(x_TD), layout))
+        x_SD = x_TD[layout.pooled_S] + attended_SD
+        return x_SD + self.ls_2(self.mlp(self.ln_2(x_SD)))
 
 
 class Transformer(nn.Module):
@@ -146,14 +245,10 @@ class Transformer(nn.Module):
         grad_checkpointing: recompute each block in the backward pass instead of keeping it.
     """
 
-    def __init__(
-        self, width: int, layers: int, heads: int, mlp_ratio: float, quick_gelu: bool
-    ) -> None:
+    def __init__(self, config: BlockConfig, layers: int) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.resblocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, quick_gelu) for _ in range(layers)
-        )
+        self.resblocks = nn.ModuleList(Block(config) for _ in range(layers))
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """All tokens through all blocks: [T, D] -> [T, D]."""
