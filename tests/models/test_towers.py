@@ -1,6 +1,7 @@
 """Towers against open_clip, and the fast paths against the textbook ones."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,19 +9,15 @@ import open_clip
 import pytest
 import torch
 from clip_models import CLIP, ModelError, Tokenizer, architecture, architecture_names, load_model
+from clip_models.config import VisionConfig
 from clip_models.profile import profile
 from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from .conftest import CAPTIONS, KINDS, scattered, small_config
+from .conftest import CAPTIONS, KINDS, inputs, scattered, small_config
 
 MakeModel = Callable[[str], Path]
-
-
-def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(len(CAPTIONS), 3, 64, 64, generator=generator, dtype=dtype)
-    return images, Tokenizer()(CAPTIONS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,7 +28,7 @@ def test_features_equal_open_clip(
     path = make_model(kind)
     ours = load_model(path).model.to(dtype)
     theirs = open_clip.create_model(f"local-dir:{path}").eval().to(dtype)
-    images, tokens = inputs(dtype)
+    images, tokens = inputs(ours.config, dtype)
     with torch.no_grad():
         torch.testing.assert_close(
             ours.encode_image(images), theirs.encode_image(images), rtol=tolerance, atol=tolerance
@@ -66,7 +63,7 @@ def test_vit_b_32_written_by_open_clip_gives_its_features(tmp_path: Path) -> Non
 def test_autocast_keeps_open_clips_dtypes(make_model: MakeModel) -> None:
     path = make_model("vit")
     ours, theirs = load_model(path).model, open_clip.create_model(f"local-dir:{path}").eval()
-    images, tokens = inputs(torch.float32)
+    images, tokens = inputs(ours.config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for a, b in (
             (ours.encode_image(images), theirs.encode_image(images)),
@@ -76,21 +73,20 @@ def test_autocast_keeps_open_clips_dtypes(make_model: MakeModel) -> None:
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("kind", ["vit", "vit-quickgelu"])
+@pytest.mark.parametrize("kind", ["vit", "vit-quickgelu", "vit-eos", "timm-siglip"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fast_paths_equal_plain_ones(kind: str, checkpointing: bool) -> None:
     """Packed captions and the short last block: features and every gradient, in float64."""
-    images, tokens = inputs(torch.float64)
+    images, tokens = inputs(small_config(kind), torch.float64)
 
     def run(fast: bool) -> list[Tensor]:
         model: CLIP = scattered(small_config(kind)).double().train()
         model.visual.fast = model.text.fast = fast
-        model.visual.transformer.grad_checkpointing = checkpointing and fast
-        model.text.transformer.grad_checkpointing = checkpointing and fast
+        model.set_grad_checkpointing(checkpointing and fast)
         image, text, scale, _ = model(images, tokens)
         weights = torch.linspace(-1, 1, image.numel(), dtype=torch.float64).view_as(image)
         (scale * (image * weights).sum() + (text * weights.flip(0)).sum()).backward()
-        gradients = [p.grad for p in model.parameters()]
+        gradients = [p.grad for n, p in model.named_parameters() if n != "logit_bias"]
         assert all(g is not None for g in gradients)
         return [image, text, *(g for g in gradients if g is not None)]
 
@@ -101,13 +97,13 @@ def test_fast_paths_equal_plain_ones(kind: str, checkpointing: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_before_the_projection(kind: str) -> None:
     model = scattered(small_config(kind))
-    images, _ = inputs(torch.float32)
+    images, _ = inputs(model.config)
     with torch.no_grad():
         before, after = model.encode_image_pre(images), model.encode_image(images)
     assert before.ndim == 2
     if kind.startswith("vit"):
         torch.testing.assert_close(before @ model.visual.proj, after)
-    elif kind != "timm-own":
+    elif kind not in ("timm-own", "timm-siglip"):
         torch.testing.assert_close(model.visual.head(before), after)
 
 
@@ -115,13 +111,58 @@ def test_patch_dropout_drops_patches_in_training_only() -> None:
     config = architecture("XS")
     vision = type(config.vision_cfg)(**{**vars(config.vision_cfg), "patch_dropout": 0.5})
     tower = scattered(type(config)(config.embed_dim, vision, config.text_cfg)).visual
-    images, _ = inputs(torch.float32)
+    images, _ = inputs(config)
     assert torch.equal(tower(images), tower(images))
     lengths: list[int] = []
     tower.transformer.register_forward_pre_hook(lambda _, a: lengths.append(len(a[0])))
     tower.fast = False
     tower.train()(images)
     assert lengths == [len(images) * (1 + 8)]  # of 16 patches
+
+
+def trainable(tower: torch.nn.Module) -> set[str]:
+    return {name for name, p in tower.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["vit", "vit-siglip", "timm"])
+@pytest.mark.parametrize("unlocked", [0, 1, 2, 3, 9])
+def test_locked_towers_are_open_clips(make_model: MakeModel, kind: str, unlocked: int) -> None:
+    path = make_model(kind)
+    ours, theirs = load_model(path).model, open_clip.create_model(f"local-dir:{path}")
+    ours.lock_image_tower(unlocked)
+    theirs.visual.lock(unlocked)
+    assert trainable(ours.visual) == trainable(theirs.visual)
+    ours.lock_text_tower(unlocked)
+    open_clip.transformer.lock_text_tower(theirs, unlocked)
+    text = trainable(theirs.text if kind == "vit-siglip" else theirs)
+    assert trainable(ours.text) == {n for n in text if not n.startswith(("visual.", "logit_"))}
+
+
+def test_locked_batch_norms_keep_their_statistics() -> None:
+    vision = VisionConfig(image_size=64, timm_model_name="test_resnet")
+    model = CLIP(replace(architecture("XS"), vision_cfg=vision))
+    model.lock_image_tower()
+    before = {name: b.clone() for name, b in model.visual.named_buffers()}
+    model.train().encode_image(inputs(model.config)[0])
+    assert all(torch.equal(b, before[name]) for name, b in model.visual.named_buffers())
+
+
+@pytest.mark.parametrize("layers", [2, 10])  # more blocks than torch's limit on recompilation
+def test_compiled_once_for_all_caption_lengths(layers: int) -> None:
+    config = architecture("XS")
+    model = CLIP(replace(config, text_cfg=replace(config.text_cfg, layers=layers))).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    images, _ = inputs(config)
+    frames: list[int] = []
+    for words in ([1, 5, 9, 2, 7, 2], [3, 3, 20, 4, 8, 1], [30, 2, 2, 6, 7, 9], [4, 4, 4, 4, 4, 4]):
+        tokens = Tokenizer()(["word " * count for count in words])
+        for a, b in zip(compiled(images, tokens)[:2], model(images, tokens)[:2], strict=True):
+            torch.testing.assert_close(a, b)
+            a.sum().backward()
+        frames.append(counter.frame_count)
+    # the second batch makes the number of tokens symbolic; nothing is compiled after it
+    assert frames[1] == frames[3]
 
 
 def test_wrong_input_shapes_are_named() -> None:

@@ -1,6 +1,7 @@
 """The named architectures: the paper's, open_clip's smaller ones, and some for laptops."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,20 @@ _BASE: dict[str, ModelConfig] = {
 }
 
 
+_QUICKGELU, _SIGLIP = "-quickgelu", "-siglip"
+
+
 def architecture_names() -> list[str]:
     """The names that `architecture` knows, small models first."""
-    quick = [f"{name}-quickgelu" for name in _BASE if name.startswith("ViT-")]
-    return [*_BASE, *quick]
+    quick = [name + _QUICKGELU for name in _BASE if name.startswith("ViT-")]
+    return [*_BASE, *quick, *(name + _SIGLIP for name in _BASE)]
 
 
 def architecture(name: str) -> ModelConfig:
     """The configuration of a named architecture, or of a JSON file with open_clip's model_cfg.
 
-    `NAME-quickgelu` is NAME with OpenAI's activation.
+    `NAME-quickgelu` is NAME with OpenAI's activation. `NAME-siglip` is NAME for the sigmoid loss:
+    a logit bias, and both scalars started as in SigLIP (2303.15343, section 3.2).
 
     Raises:
         ModelError: no such name or file, or a file that does not describe a model.
@@ -68,5 +73,7 @@ def architecture(name: str) -> ModelConfig:
             f"no architecture {name!r}; known: {', '.join(architecture_names())}, "
             "or a .json file with open_clip's model_cfg"
         )
-    base = name.removesuffix("-quickgelu")
-    return replace(_BASE[base], quick_gelu=base != name)
+    if name.endswith(_SIGLIP):
+        base = _BASE[name.removesuffix(_SIGLIP)]
+        return replace(base, custom_text=True, init_logit_scale=math.log(10), init_logit_bias=-10.0)
+    return replace(_BASE[name.removesuffix(_QUICKGELU)], quick_gelu=name.endswith(_QUICKGELU))
