@@ -113,8 +113,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "model_cfg: unknown field 'novelty'",
     ),
     "unsupported field": (
-        lambda p: edit_config(p, lambda c: c["model_cfg"]["vision_cfg"].update(no_ln_pre=True)),
-        "no_ln_pre = True is not supported",
+        lambda p: edit_config(p, lambda c: c["model_cfg"]["vision_cfg"].update(qk_norm=True)),
+        "qk_norm = True is not supported",
     ),
     "missing field": (
         lambda p: edit_config(p, lambda c: c["model_cfg"].pop("embed_dim")),

@@ -2,17 +2,17 @@
 
     DIR/open_clip_config.json           model_cfg, preprocess_cfg; ours: provenance
     DIR/open_clip_model.safetensors     open_clip's state-dict names
+    DIR/config.json, tokenizer files    of a Hugging Face text model, or the tokenizer's alone
     DIR/heads/NAME.safetensors          class heads (clip_models.heads)
 
 Written to a temporary sibling and renamed, so a reader never sees half a model; not changed once
 written. Reading is strict: open_clip gives a random model where weights are missing, we never do.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,18 +20,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from clip_models.config import ModelConfig, PreprocessConfig
 from clip_models.errors import ModelError
+from clip_models.hf_tokenizer import HFTokenizer
 from clip_models.model import CLIP
 from clip_models.preprocess import Preprocess
-from clip_models.tokenizer import Tokenizer
+from clip_models.tokenizer import Tokenizer, tokenizer_for
+from clip_models.weights import (
+    WEIGHTS_NAME,
+    check_names,
+    disk_name,
+    fingerprint_of,
+    memory_state,
+)
 
 CONFIG_NAME = "open_clip_config.json"
-WEIGHTS_NAME = "open_clip_model.safetensors"
+HF_CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class LoadedModel:
     config: ModelConfig
     model: CLIP
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | HFTokenizer
     fingerprint: str
     provenance: dict[str, Any]
 
@@ -92,16 +98,15 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     """
     path = Path(path)
     config, values = read_model_config(path)
+    tokenizer = tokenizer_for(config, path)
+    hf_config = _hf_config(config, path)
     # no memory or time for random weights that are overwritten; timm towers make buffers of theirs
     on_meta = config.vision_cfg.timm_model_name is None
     with torch.device("meta" if on_meta else "cpu"):
-        model = CLIP(config)
-    expected = model.state_dict()
-    found: dict[str, Tensor] = {}
-    for name, tensor in _read_weights(path):
-        found[_memory_name(name, config)] = tensor.float() if tensor.is_floating_point() else tensor
-    _check_names(path, config, expected, found)
-    model.load_state_dict(found, assign=on_meta)
+        model = CLIP(config, hf_config)
+    state = memory_state(path, config)
+    check_names(path, config, model.state_dict(), state)
+    model.load_state_dict(state, assign=on_meta)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     try:
@@ -113,7 +118,7 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         config=config,
         model=model.to(device).eval(),
         preprocess=Preprocess(config.vision_cfg.image_size, preprocess),
-        tokenizer=Tokenizer(config.text_cfg.context_length),
+        tokenizer=tokenizer,
         fingerprint=fingerprint_of(path),
         provenance=values.get("provenance", {}),
     )
@@ -124,6 +129,7 @@ def save_model(
     model: CLIP,
     preprocess: Preprocess,
     provenance: dict[str, Any] | None = None,
+    tokenizer: Tokenizer | HFTokenizer | None = None,
 ) -> None:
     """Write a model directory, whole or not at all.
 
@@ -132,35 +138,69 @@ def save_model(
         model: on any device; the weights are stored as they are.
         preprocess: the image transform it was trained with.
         provenance: how the model came to be; must be JSON.
+        tokenizer: the model's; its files are written where it is a Hugging Face one, and CLIP's
+            need not be given.
 
     Raises:
-        ModelError: `path` exists.
+        ModelError: `path` exists, or no tokenizer is given and the model's is a Hugging Face one.
     """
+    named = model.config.text_cfg.hf_tokenizer_name
+    if named is not None and not isinstance(tokenizer, HFTokenizer):
+        raise ModelError(f"a model with the tokenizer {named!r} is saved with it: give tokenizer")
     config = {
         "model_cfg": model.config.to_dict(),
         "preprocess_cfg": {"size": preprocess.size, **asdict(preprocess.config)},
         "provenance": {"clip_models": version("clip-models"), **(provenance or {})},
     }
     state = {
-        _disk_name(name, model.config): tensor.detach().cpu().contiguous()
+        disk_name(name, model.config): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     with _new_directory(path) as temporary:
         save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        if isinstance(tokenizer, HFTokenizer):
+            tokenizer.save(temporary)
+        if model.config.text_cfg.hf_model_name is not None:
+            hf_config: str = cast(Any, model.text).hf_config.to_json_string()
+            (temporary / HF_CONFIG_NAME).write_text(hf_config, encoding="utf-8")
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def init_model(config: ModelConfig, path: str | os.PathLike[str], seed: int) -> dict[str, Any]:
     """Write a model directory with random weights; returns what was written.
 
+    A Hugging Face text model starts with its own weights unless `hf_model_pretrained` is false.
+
     Raises:
-        ModelError: `path` exists.
+        ModelError: `path` exists, or a Hugging Face model, tokenizer or its weights cannot be read.
     """
+    tokenizer = tokenizer_for(config)
     torch.manual_seed(seed)
     model = CLIP(config)
-    save_model(path, model, Preprocess(config.vision_cfg.image_size), {"init_seed": seed})
+    text = config.text_cfg
+    pretrained = text.hf_model_name if text.hf_model_pretrained else None
+    origin = {"init_seed": seed, **({"text_weights": pretrained} if pretrained else {})}
+    save_model(path, model, Preprocess(config.vision_cfg.image_size), origin, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
-    return {"model": str(path), "parameters": parameters, "fingerprint": fingerprint_of(path)}
+    written = {"model": str(path), "parameters": parameters, "fingerprint": fingerprint_of(path)}
+    return written | origin
+
+
+def _hf_config(config: ModelConfig, path: Path) -> Any:
+    """The Hugging Face text model's own configuration: the directory's, else by name."""
+    name = config.text_cfg.hf_model_name
+    if name is None:
+        return None
+    from clip_models.hf_text_tower import read_hf_config  # transformers takes seconds to import
+
+    if (path / HF_CONFIG_NAME).is_file():
+        return read_hf_config(path)
+    try:
+        return read_hf_config(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{path} has no {HF_CONFIG_NAME}, and {error}; put {name}'s {HF_CONFIG_NAME} there"
+        ) from error
 
 
 @contextmanager
@@ -181,69 +221,3 @@ def _new_directory(path: str | os.PathLike[str]) -> Generator[Path]:
     except BaseException:  # Ctrl-C too: it is raised again, and no half of a model stays
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def fingerprint_of(path: str | os.PathLike[str]) -> str:
-    """Hash of names, types, shapes and bytes of a directory's weights, in the order of names.
-
-    Raises:
-        ModelError: missing or truncated weights.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in _read_weights(Path(path)):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name on disk, tensor) in the order of names."""
-    file = path / WEIGHTS_NAME
-    if not file.is_file():
-        others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        found = f" (found {', '.join(others)}, which would have to be unpickled)" if others else ""
-        raise ModelError(
-            f"{path} has no {WEIGHTS_NAME}{found}; "
-            "write it from open_clip with safetensors.torch.save_file(model.state_dict(), …)"
-        )
-    try:
-        with safe_open(file, framework="pt") as weights:
-            for name in sorted(weights.keys()):
-                yield name, weights.get_tensor(name)
-    except SafetensorError as error:
-        raise ModelError(f"{file} is damaged ({error}); copy or write it again") from error
-
-
-def _check_names(
-    path: Path, config: ModelConfig, expected: dict[str, Tensor], found: dict[str, Tensor]
-) -> None:
-    def listed(names: set[str]) -> str:
-        shown = [_disk_name(name, config) for name in sorted(names)]
-        return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
-
-    faults: list[str] = []
-    if missing := expected.keys() - found.keys():
-        faults.append(f"lacks {listed(missing)}")
-    if surplus := found.keys() - expected.keys():
-        faults.append(f"has the unexpected {listed(surplus)}")
-    faults += [
-        f"has {_disk_name(name, config)} of shape {tuple(found[name].shape)} where its config "
-        f"asks for {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name].shape != found[name].shape
-    ]
-    if faults:
-        raise ModelError(
-            f"{path / WEIGHTS_NAME} {'; '.join(faults[:3])}: "
-            f"weights and {CONFIG_NAME} are not of one model"
-        )
-
-
-def _disk_name(name: str, config: ModelConfig) -> str:
-    """open_clip's CLIP keeps the native text tower's parameters at the top level."""
-    return name if config.custom_text else name.removeprefix("text.")
-
-
-def _memory_name(name: str, config: ModelConfig) -> str:
-    ours = config.custom_text or name.startswith("visual.") or name in ("logit_scale", "logit_bias")
-    return name if ours else f"text.{name}"

@@ -8,9 +8,12 @@ by the Rust `tokenizers` library, once for each distinct word: captions repeat t
 
 import gzip
 import html
-from collections.abc import Sequence
+import os
+import string
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import ftfy
 import numpy as np
@@ -20,6 +23,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
+
+from clip_models.config import ModelConfig
+from clip_models.errors import ModelError
+
+if TYPE_CHECKING:
+    from clip_models.hf_tokenizer import HFTokenizer
 
 VOCAB_SIZE = 49408
 START, END = VOCAB_SIZE - 2, VOCAB_SIZE - 1
@@ -31,7 +40,7 @@ _WORD = regex.compile(
 
 
 class Tokenizer:
-    """Text to token ids.
+    """Text to token ids, by CLIP's byte-pair merges.
 
     Attributes:
         context_length: L; longer texts are cut, and end in the end-of-text token all the same.
@@ -42,7 +51,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without start, end, truncation or padding."""
-        return [token for word in _WORD.findall(clean(text)) for token in _word_tokens(word)]
+        return [
+            token for word in _WORD.findall(CLEANERS["lower"](text)) for token in _word_tokens(word)
+        ]
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> int64 [N, L]: start, the tokens, end, zeros."""
@@ -54,12 +65,62 @@ class Tokenizer:
         return torch.from_numpy(tokens_NL)
 
 
-def clean(text: str) -> str:
-    """OpenAI's cleaning: repair mojibake, unescape HTML twice, fold white space, lower-case."""
+def tokenizer_for(
+    config: ModelConfig, path: str | os.PathLike[str] | None = None
+) -> "Tokenizer | HFTokenizer":
+    """The tokenizer of a model: CLIP's, or the Hugging Face one that `text_cfg` names.
+
+    Args:
+        config: of the model.
+        path: its model directory, where the tokenizer's files are looked for first.
+
+    Raises:
+        ModelError: a tokenizer that cannot be found or that the configuration gets wrong.
+    """
+    text = config.text_cfg
+    if text.hf_tokenizer_name is None:
+        if text.hf_model_name is not None:
+            raise ModelError(
+                "text_cfg: hf_model_name without hf_tokenizer_name would feed a Hugging Face model "
+                f'CLIP\'s tokens; add "hf_tokenizer_name": "{text.hf_model_name}"'
+            )
+        if text.tokenizer_kwargs:
+            raise ModelError("text_cfg: tokenizer_kwargs are for a model with hf_tokenizer_name")
+        return Tokenizer(text.context_length)
+    from clip_models.hf_tokenizer import HFTokenizer, has_tokenizer
+
+    options = text.tokenizer_kwargs or {}
+    if unknown := options.keys() - {"clean", "strip_sep_token", "language"}:
+        raise ModelError(
+            f"text_cfg: tokenizer_kwargs {', '.join(sorted(unknown))}; "
+            "known: clean, strip_sep_token, language"
+        )
+    source = path if path is not None and has_tokenizer(path) else text.hf_tokenizer_name
+    return HFTokenizer(source, text.context_length, **options)
+
+
+def repair(text: str) -> str:
+    """OpenAI's cleaning, less the white space: mojibake repaired, HTML unescaped twice."""
     # printable ASCII without an entity is what ftfy and unescape return unchanged
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def _canonicalize(text: str) -> str:
+    """SigLIP's cleaning (big_vision): lower case, no punctuation."""
+    kept = repair(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(kept.lower().split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+# What open_clip calls the `clean` function of a tokenizer; CLIP's own is `lower`.
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "lower": lambda text: " ".join(repair(text).split()).lower(),
+    "whitespace": lambda text: " ".join(repair(text).split()),
+    "canonicalize": _canonicalize,
+}
 
 
 @lru_cache(maxsize=1 << 16)
