@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from clip_models.config import ModelConfig, PreprocessConfig
 from clip_models.errors import ModelError
@@ -99,16 +100,8 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     path = Path(path)
     config, values = read_model_config(path)
     tokenizer = tokenizer_for(config, path)
-    hf_config = _hf_config(config, path)
-    # no memory or time for random weights that are overwritten; timm towers make buffers of theirs
-    on_meta = config.vision_cfg.timm_model_name is None
-    with torch.device("meta" if on_meta else "cpu"):
-        model = CLIP(config, hf_config)
     state = memory_state(path, config)
-    check_names(path, config, model.state_dict(), state)
-    model.load_state_dict(state, assign=on_meta)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model = assemble(config, hf_config_of(config, path), state, path / WEIGHTS_NAME)
     try:
         preprocess = PreprocessConfig.from_dict(values["preprocess_cfg"])
     except ModelError as error:
@@ -116,12 +109,35 @@ def load_model(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     return LoadedModel(
         path=path,
         config=config,
-        model=model.to(device).eval(),
+        model=model.to(device),
         preprocess=Preprocess(config.vision_cfg.image_size, preprocess),
         tokenizer=tokenizer,
         fingerprint=fingerprint_of(path),
         provenance=values.get("provenance", {}),
     )
+
+
+def assemble(config: ModelConfig, hf_config: Any, state: dict[str, Tensor], file: Path) -> CLIP:
+    """A model with these weights, in eval mode.
+
+    Args:
+        config: of the model.
+        hf_config: of a Hugging Face text model; None in other models.
+        state: under the names of `CLIP`; the model may keep these very tensors.
+        file: where they come from, for messages.
+
+    Raises:
+        ModelError: a weight is missing, surplus or mis-shaped.
+    """
+    # no memory or time for random weights that are overwritten; timm towers make buffers of theirs
+    on_meta = config.vision_cfg.timm_model_name is None
+    with torch.device("meta" if on_meta else "cpu"):
+        model = CLIP(config, hf_config)
+    check_names(file, config, model.state_dict(), state)
+    model.load_state_dict(state, assign=on_meta)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
 
 
 def save_model(
@@ -156,7 +172,7 @@ def save_model(
         disk_name(name, model.config): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    with _new_directory(path) as temporary:
+    with new_directory(path) as temporary:
         save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.save(temporary)
@@ -186,8 +202,14 @@ def init_model(config: ModelConfig, path: str | os.PathLike[str], seed: int) -> 
     return written | origin
 
 
-def _hf_config(config: ModelConfig, path: Path) -> Any:
-    """The Hugging Face text model's own configuration: the directory's, else by name."""
+def hf_config_of(config: ModelConfig, path: Path) -> Any:
+    """The Hugging Face text model's own configuration: the directory's, else by name.
+
+    None where the text tower is a native one.
+
+    Raises:
+        ModelError: it is in neither place.
+    """
     name = config.text_cfg.hf_model_name
     if name is None:
         return None
@@ -203,16 +225,21 @@ def _hf_config(config: ModelConfig, path: Path) -> Any:
         ) from error
 
 
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Raises: ModelError: `path` exists."""
+    if Path(path).exists():
+        raise ModelError(f"{path} exists, and model directories do not change; name another")
+
+
 @contextmanager
-def _new_directory(path: str | os.PathLike[str]) -> Generator[Path]:
+def new_directory(path: str | os.PathLike[str]) -> Generator[Path]:
     """A temporary sibling to fill, renamed to `path` at the end, removed on any error.
 
     Raises:
         ModelError: `path` exists.
     """
+    refuse_existing(path)
     path = Path(path)
-    if path.exists():
-        raise ModelError(f"{path} exists, and model directories do not change; name another")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

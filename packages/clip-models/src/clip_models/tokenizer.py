@@ -131,9 +131,8 @@ def _word_tokens(word: str) -> tuple[int, ...]:
     return tuple(_backend().encode(word, add_special_tokens=False).ids)
 
 
-@cache
-def _backend() -> Backend:
-    """The merges as a BPE model over bytes, words ending in `</w>`."""
+def vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """The words in the order of their ids, less the two special ones, and the merges."""
     raw = files("clip_models").joinpath("data/clip_bpe_merges.txt.gz").read_bytes()
     pairs = [line.split() for line in gzip.decompress(raw).decode().splitlines()]
     # OpenAI's order of the 256 byte symbols: the printable ones, then the rest
@@ -141,7 +140,13 @@ def _backend() -> Backend:
     printable += range(ord("®"), ord("ÿ") + 1)
     symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in pairs]
-    merges = [(left, right) for left, right in pairs]
+    return words, [(left, right) for left, right in pairs]
+
+
+@cache
+def _backend() -> Backend:
+    """The merges as a BPE model over bytes, words ending in `</w>`."""
+    words, merges = vocabulary()
     backend = Backend(
         BPE({word: i for i, word in enumerate(words)}, merges, end_of_word_suffix="</w>")
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -47,18 +47,32 @@ def read_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ModelError(f"{file} is damaged ({error}); copy or write it again") from error
 
 
-def check_names(
-    path: Path, config: ModelConfig, expected: dict[str, Tensor], found: dict[str, Tensor]
-) -> None:
+def name_faults(expected: Iterable[str], found: Iterable[str]) -> list[str]:
+    """What names are missing and what names are surplus, in words; nothing where all is well."""
+
     def listed(names: set[str]) -> str:
-        shown = [disk_name(name, config) for name in sorted(names)]
+        shown = sorted(names)
         return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
     faults: list[str] = []
-    if missing := expected.keys() - found.keys():
+    if missing := set(expected) - set(found):
         faults.append(f"lacks {listed(missing)}")
-    if surplus := found.keys() - expected.keys():
+    if surplus := set(found) - set(expected):
         faults.append(f"has the unexpected {listed(surplus)}")
+    return faults
+
+
+def check_names(
+    file: Path, config: ModelConfig, expected: dict[str, Tensor], found: dict[str, Tensor]
+) -> None:
+    """Compare the weights found in `file` with the model's, both by their names in memory.
+
+    Raises:
+        ModelError: a weight is missing, surplus or mis-shaped.
+    """
+    faults = name_faults(
+        [disk_name(name, config) for name in expected], [disk_name(name, config) for name in found]
+    )
     faults += [
         f"has {disk_name(name, config)} of shape {tuple(found[name].shape)} where its config "
         f"asks for {tuple(expected[name].shape)}"
@@ -67,8 +81,7 @@ def check_names(
     ]
     if faults:
         raise ModelError(
-            f"{path / WEIGHTS_NAME} {'; '.join(faults[:3])}: "
-            f"weights and configuration are not of one model"
+            f"{file} {'; '.join(faults[:3])}: weights and configuration are not of one model"
         )
 
 
