@@ -63,6 +63,53 @@ def show(model: Path, as_json: bool) -> None:
     click.echo(json.dumps(description) if as_json else format_description(description))
 
 
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--image-size", type=int, help="Side of the images, in pixels.")
+@click.option("--context-length", type=int, help="Longest caption, in tokens.")
+def resize(model: Path, output: Path, image_size: int | None, context_length: int | None) -> None:
+    """Write MODEL as OUTPUT for another image size or context length.
+
+    Position embeddings are interpolated; train or fine-tune the result.
+    """
+    if image_size is None and context_length is None:
+        raise click.UsageError("give --image-size, --context-length or both")
+    from clip_models.resize import resize_directory
+
+    click.echo(json.dumps(resize_directory(model, output, image_size, context_length)))
+
+
+@main.command()
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--architecture", metavar="NAME|FILE", help="Towers of a file of weights alone.")
+@click.option(
+    "--to",
+    "layout",
+    type=click.Choice(["open-clip", "transformers"]),
+    default="open-clip",
+    show_default=True,
+    help="Layout of OUTPUT; for transformers, SOURCE is a model directory.",
+)
+def convert(source: str, output: Path, architecture: str | None, layout: str) -> None:
+    """Write SOURCE as a model directory, or a model directory for transformers.
+
+    SOURCE is a weight file (.safetensors, .bin, .pt of open_clip; OpenAI's own .pt), a directory in
+    open_clip's or transformers' layout, or org/name on the Hugging Face hub. No code in it is run.
+    """
+    if layout == "transformers":
+        if architecture is not None:
+            raise click.UsageError("--architecture is for files of weights, not with transformers")
+        from clip_models.convert_export import export_transformers
+
+        click.echo(json.dumps(export_transformers(source, output)))
+    else:
+        from clip_models.convert import convert
+
+        click.echo(json.dumps(convert(source, output, architecture)))
+
+
 @main.command("build-head")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("name")
