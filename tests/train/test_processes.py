@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_models import architecture
 from clip_train import metrics
 from safetensors.torch import load_file
 
@@ -81,10 +82,14 @@ def test_refuses_processes_that_train_alone(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bias", [None, pytest.param(-10.0, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(data: Path, tmp_path: Path, bias: float | None) -> None:
     """Same global batch: the same losses within 1e-5 for 20 steps, and the same order."""
-    one = run([*ALONE, *arguments(data, tmp_path / "one", batch_size=16)])
-    two = run([*torchrun(2), *arguments(data, tmp_path / "two", batch_size=16)])
+    model = tmp_path / "model.json"  # with a bias: SigLIP's loss
+    model.write_text(json.dumps(architecture("XS").to_dict() | {"init_logit_bias": bias}))
+    settings = {"model": model, "batch_size": 16}
+    one = run([*ALONE, *arguments(data, tmp_path / "one", **settings)])
+    two = run([*torchrun(2), *arguments(data, tmp_path / "two", **settings)])
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert len(two.stdout.splitlines()) == 1  # rank 0 alone reports
     rows = list(

@@ -1,6 +1,7 @@
 """The update and its schedule, beside open_clip's and torch's own."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -8,7 +9,15 @@ import pytest
 import torch
 from clip_models import CLIP, ModelConfig, architecture
 from clip_train import TrainConfig, TrainError
-from clip_train.step import MAX_LOGIT_SCALE, decays, learning_rate, make_optimizer, train_step
+from clip_train.step import (
+    MAX_LOGIT_SCALE,
+    decays,
+    learning_rate,
+    make_loss,
+    make_optimizer,
+    train_step,
+)
+from open_clip.loss import SigLipLoss
 from open_clip_train.scheduler import cosine_lr
 
 TIMM = {
@@ -51,23 +60,25 @@ def test_weight_decay_groups_are_open_clips(values: object) -> None:
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
 
 
-def test_step_equals_plain_torch_and_open_clips_loss() -> None:
+@pytest.mark.parametrize("bias", [None, -10.0], ids=["clip", "siglip"])
+def test_step_equals_plain_torch_and_open_clips_loss(bias: float | None) -> None:
     torch.manual_seed(0)
-    ours = CLIP(architecture("XS"))
-    theirs = CLIP(architecture("XS"))
+    model = replace(architecture("XS"), init_logit_bias=bias)
+    ours, theirs = CLIP(model), CLIP(model)
     theirs.load_state_dict(ours.state_dict())
     settings = config(lr=1e-3, grad_clip=0.5, warmup=0)
     optimizer = make_optimizer(ours, settings)
     groups = [{**g, "fused": False} for g in make_optimizer(theirs, settings).param_groups]
     plain = torch.optim.AdamW(groups, fused=False, foreach=False)
-    loss_of = open_clip.ClipLoss()
+    loss_of = open_clip.ClipLoss() if bias is None else SigLipLoss()
     for step in range(5):
         images = torch.randn(6, 3, 64, 64)
         tokens = open_clip.tokenize([f"number {step} {i}" for i in range(6)])
         lr = learning_rate(step, settings)
         update = train_step(
-            ours, ours, optimizer, images, tokens, lr=lr, grad_clip=0.5, bf16=False, world=1
-        )
+            ours, ours, make_loss(ours, 1), optimizer, images, tokens,
+            lr=lr, grad_clip=0.5, bf16=False,
+        )  # fmt: skip
         loss = loss_of(*theirs(images, tokens))
         plain.zero_grad()
         loss.backward()
@@ -87,8 +98,9 @@ def test_logit_scale_stays_in_range() -> None:
     for start, end in ((9.0, MAX_LOGIT_SCALE), (-1.0, 0.0)):
         model.logit_scale.data.fill_(start)
         train_step(
-            model, model, optimizer, images, tokens, lr=1e-9, grad_clip=0, bf16=True, world=1
-        )
+            model, model, make_loss(model, 1), optimizer, images, tokens,
+            lr=1e-9, grad_clip=0, bf16=True,
+        )  # fmt: skip
         assert model.logit_scale.item() == pytest.approx(end)
     assert model.logit_scale.dtype == torch.float32
     assert math.exp(MAX_LOGIT_SCALE) == pytest.approx(100)

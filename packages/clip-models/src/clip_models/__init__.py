@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from clip_models.config import ModelConfig
     from clip_models.errors import ImageError, ModelError
     from clip_models.heads import Head, build_head, list_heads, load_head, save_head
-    from clip_models.loss import contrastive_loss
+    from clip_models.loss import ContrastiveLoss, SigmoidLoss
     from clip_models.model import CLIP
     from clip_models.model_dir import (
         LoadedModel,
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "CLIP": "model",
+    "ContrastiveLoss": "loss",
     "Head": "heads",
     "ImageError": "errors",
     "LoadedModel": "model_dir",
     "ModelConfig": "config",
     "ModelError": "errors",
     "Preprocess": "preprocess",
+    "SigmoidLoss": "loss",
     "Tokenizer": "tokenizer",
     "architecture": "architectures",
     "architecture_names": "architectures",
     "build_head": "heads",
-    "contrastive_loss": "loss",
     "fingerprint_of": "model_dir",
     "list_heads": "heads",
     "load_head": "heads",
@@ -50,17 +51,18 @@ _MODULES = {
 
 __all__ = [
     "CLIP",
+    "ContrastiveLoss",
     "Head",
     "ImageError",
     "LoadedModel",
     "ModelConfig",
     "ModelError",
     "Preprocess",
+    "SigmoidLoss",
     "Tokenizer",
     "architecture",
     "architecture_names",
     "build_head",
-    "contrastive_loss",
     "fingerprint_of",
     "list_heads",
     "load_head",

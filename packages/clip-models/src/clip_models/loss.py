@@ -1,145 +1,281 @@
-"""The contrastive loss, in tiles.
+"""The contrastive and the sigmoid loss, in tiles.
 
-The N x N matrix of logits is never held: a forward pass streams its row and column log-sum-exps
-over tiles, and the backward pass computes each tile again (Inf-CL, 2410.17243, describes the same
-idea). Memory is linear in N, the value and the gradients are those of the plain loss. Logits are
-float32 under any autocast: near 100, bfloat16 logits are 0.5 apart.
+The N x N matrix of logits is never held: a tile at a time gives its share of the value and of the
+gradients (Inf-CL, 2410.17243, describes the idea). Memory is linear in N; value and gradients are
+the plain loss's. Logits are float32 under any autocast: near 100, bfloat16 logits are 0.5 apart.
 """
 
-# n rows of this rank, N rows of all ranks, E embedding, R rows and C columns of a tile
+# n rows of this rank, m texts met at once, E embedding, R rows and C columns of a tile
 
-from typing import Any, cast
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.nn.functional import all_gather
 
-TILE_ROWS = 1024
-TILE_COLUMNS = 4096  # a float32 tile is 16 MiB, and at most three are alive
+from clip_models.errors import ModelError
+from clip_models.text_blocks import (
+    Form,
+    lse_to_owner,
+    meet_texts,
+    refuse_unequal_shapes,
+    sum_to_owner,
+)
+
+# A tile of logits is made by one matrix product and passed over some five times. On a CPU it stays
+# in the shared cache for these, and is large enough (1024 x 1024 floats) for a fast product. A GPU
+# passes over it in its memory, and needs work enough per kernel to hide the launch of the next.
+CPU_TILE_BYTES = 4 << 20
+GPU_TILE_BYTES = 128 << 20
+
+# The largest spread of logits in a tile for which one exp serves rows and columns: e^-80 is a
+# normal float32, so no row or column can vanish.
+MAX_SPREAD = 80.0
 
 
-def contrastive_loss(
-    image_features_nE: Tensor,
-    text_features_nE: Tensor,
-    logit_scale: Tensor,
-    *,
-    gathered: bool = False,
-) -> Tensor:
+class _PairLoss(nn.Module):
+    """A loss of matching rows; `distributed` as in `ContrastiveLoss`."""
+
+    def __init__(self, distributed: Form = None) -> None:
+        super().__init__()
+        if distributed not in (None, *get_args(get_args(Form)[0])):
+            raise ModelError(f"distributed is {distributed!r}; expected None, 'gather' or 'ring'")
+        self.distributed: Form = distributed
+        self._shapes_agree = False
+
+    def extra_repr(self) -> str:
+        return f"distributed={self.distributed!r}"
+
+    @torch.compiler.disable  # loops over tiles and exchanges: nothing to gain, much to unroll
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride], the decorator's type is loose
+        self,
+        image_features_nE: Tensor,
+        text_features_nE: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of n pairs, a scalar: float64 for float64 features, float32 for all others.
+
+        Args:
+            image_features_nE: rows of length 1; row i belongs to text row i.
+            text_features_nE: rows of length 1.
+            logit_scale: the factor on the cosine similarities (already exp'd), a scalar.
+            logit_bias: added to every logit, a scalar; None: 0.
+
+        Raises:
+            ModelError: shapes that do not fit together, or no process group.
+        """
+        self._check(image_features_nE, text_features_nE)
+        dtype = torch.float64 if image_features_nE.dtype == torch.float64 else torch.float32
+        bias = torch.zeros_like(logit_scale) if logit_bias is None else logit_bias
+        with torch.autocast(image_features_nE.device.type, enabled=False):
+            return self._value(
+                image_features_nE.to(dtype),
+                text_features_nE.to(dtype),
+                logit_scale.to(dtype).reshape(()),
+                bias.to(dtype).reshape(()),
+            )
+
+    def _value(self, image_nE: Tensor, text_nE: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check(self, image_nE: Tensor, text_nE: Tensor) -> None:
+        if image_nE.ndim != 2 or image_nE.shape != text_nE.shape or not len(image_nE):
+            raise ModelError(
+                f"image features are {list(image_nE.shape)} and text features "
+                f"{list(text_nE.shape)}; expected the same shape [rows, width] with a row or more: "
+                "row i of one belongs to row i of the other"
+            )
+        if self.distributed is None:
+            return
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ModelError(
+                f"distributed={self.distributed!r} without a process group; call "
+                "torch.distributed.init_process_group first (torchrun starts the processes), or "
+                "use distributed=None for one process"
+            )
+        # Once: the comparison waits for the device, and a training step should not.
+        if not self._shapes_agree:
+            refuse_unequal_shapes(image_nE)
+            self._shapes_agree = True
+
+
+class ContrastiveLoss(_PairLoss):
     """Symmetric InfoNCE (CLIP, 2103.00020, Figure 3): the mean of both cross-entropies.
 
+    Called as `loss(*model(images, tokens))`. A bias of the logits cancels: its gradient is 0.
+
     Args:
-        image_features_nE: rows of length 1; row i belongs to text row i.
-        text_features_nE: rows of length 1.
-        logit_scale: the factor on the cosine similarities (already exp'd), a scalar.
-        gathered: features are this rank's; negatives come from every rank of the default process
-            group, which all hold n rows, with gradients through the gather. The mean over ranks of
-            the value is the loss of the global batch, and so is it of the gradients, which is what
-            DDP computes (open_clip's `local_loss` with `gather_with_grad`).
-
-    Returns:
-        A float32 scalar (float64 for float64 features).
+        distributed: None: the pairs of this process are the batch. Otherwise features are this
+            rank's n rows of a batch over the default process group, on all ranks as many (compared
+            at the first call only), with gradients for all of them. The mean over ranks of the
+            value is the loss of the whole batch, and the mean over ranks of the gradients its
+            gradient, which is what DDP computes (open_clip's `local_loss` with `gather_with_grad`).
+            "gather": each rank holds the texts of all ranks; fast. "ring": texts travel from rank
+            to rank, and none holds them all. Both compute an n x N share of the logits twice:
+            forward and backward, which every rank must call in the same order.
     """
-    dtype = torch.float64 if image_features_nE.dtype == torch.float64 else torch.float32
-    image, text = image_features_nE.to(dtype), text_features_nE.to(dtype)
-    scale = logit_scale.to(dtype)
-    if not gathered:
-        return _apply(_SymmetricLoss, image, text, scale)
-    images_NE = torch.cat(cast(tuple[Tensor, ...], all_gather(image)))
-    texts_NE = torch.cat(cast(tuple[Tensor, ...], all_gather(text)))
-    first = dist.get_rank() * len(image)
-    image_to_text = _apply(_RowLoss, image, texts_NE, scale, first)
-    text_to_image = _apply(_RowLoss, text, images_NE, scale, first)
-    return (image_to_text + text_to_image) / 2
+
+    def _value(self, image_nE: Tensor, text_nE: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        value = cast(Tensor, _Contrastive.apply(image_nE, text_nE, scale, self.distributed))
+        return value + 0 * bias
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    device = cast(Tensor, args[0]).device.type
-    with torch.autocast(device, enabled=False):
-        return cast(Tensor, function.apply(*args))
+class SigmoidLoss(_PairLoss):
+    """SigLIP's loss (2303.15343): each of the N x N pairs is classified as matching or not.
+
+    The sum over texts and mean over images of -log sigmoid(label * logit), with label 1 for a
+    row's own text and -1 for all others. `distributed` as in `ContrastiveLoss`. No row needs to
+    know the others' logits, so a single pass over the tiles gives the value and the gradients.
+    """
+
+    def _value(self, image_nE: Tensor, text_nE: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        leaves = image_nE, text_nE, scale, bias
+        differentiate = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+        return cast(Tensor, _Sigmoid.apply(*leaves, self.distributed, differentiate))
 
 
-def _tiles(rows: int, columns: int) -> list[tuple[slice, slice]]:
-    """All tiles of a matrix, row blocks outermost."""
-    return [
-        (slice(r, min(r + TILE_ROWS, rows)), slice(c, min(c + TILE_COLUMNS, columns)))
-        for r in range(0, rows, TILE_ROWS)
-        for c in range(0, columns, TILE_COLUMNS)
-    ]
+def _logit_tiles(
+    image_nE: Tensor, text_mE: Tensor, scale: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, columns and logits [R, C] of every tile: as square as the shape allows, all alike."""
+    budget = GPU_TILE_BYTES if image_nE.is_cuda else CPU_TILE_BYTES
+    logits = budget // image_nE.element_size()
+    height = min(len(image_nE), math.isqrt(logits))
+    for rows in _spans(len(image_nE), height):
+        scaled_RE = image_nE[rows] * scale
+        for columns in _spans(len(text_mE), logits // height):
+            yield rows, columns, scaled_RE @ text_mE[columns].T
 
 
-def _add_lse(total: Tensor, tile_lse: Tensor) -> None:
-    """total <- log(exp(total) + exp(tile_lse)), in place."""
-    torch.logaddexp(total, tile_lse, out=total)
+def _spans(length: int, most: int) -> list[slice]:
+    count = -(-length // most)
+    return [slice(i * length // count, (i + 1) * length // count) for i in range(count)]
 
 
-class _SymmetricLoss(torch.autograd.Function):
-    """Both directions at once on one device: each tile of logits serves its rows and columns."""
+def _common_shift(logits_RC: Tensor) -> Tensor | None:
+    """What to take from all logits of a tile so that a single exp of each is exact, if anything.
 
-    @staticmethod
-    def forward(ctx: Any, image_NE: Tensor, text_NE: Tensor, scale: Tensor) -> Tensor:
-        n = len(image_NE)
-        rows_lse = image_NE.new_full((n,), -torch.inf)
-        columns_lse = rows_lse.clone()
-        scaled_NE = image_NE * scale
-        for rows, columns in _tiles(n, n):
-            logits_RC = scaled_NE[rows] @ text_NE[columns].T
-            _add_lse(rows_lse[rows], logits_RC.logsumexp(1))
-            _add_lse(columns_lse[columns], logits_RC.logsumexp(0))
-        positives_N = (scaled_NE * text_NE).sum(1)
-        ctx.save_for_backward(image_NE, text_NE, scale, rows_lse, columns_lse)
-        return ((rows_lse + columns_lse) / 2 - positives_N).mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride], torch's takes *Any
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        image_NE, text_NE, scale, rows_lse, columns_lse = ctx.saved_tensors
-        n = len(image_NE)
-        scaled_NE = image_NE * scale
-        # d loss / d logits = (softmax over the row + softmax over the column) / 2n - identity / n
-        d_scaled, d_text = -text_NE / n, -scaled_NE / n
-        for rows, columns in _tiles(n, n):
-            logits_RC = scaled_NE[rows] @ text_NE[columns].T
-            weights_RC = (logits_RC - rows_lse[rows, None]).exp_()
-            weights_RC += logits_RC.sub_(columns_lse[columns]).exp_()
-            weights_RC *= 0.5 / n
-            d_scaled[rows] += weights_RC @ text_NE[columns]
-            d_text[columns] += weights_RC.T @ scaled_NE[rows]
-        return d_scaled * (scale * grad), d_text * grad, (d_scaled * image_NE).sum() * grad
+    None on a GPU: to look at the spread would stop it, and exp costs it little.
+    """
+    if not logits_RC.is_cpu:
+        return None
+    low, high = logits_RC.aminmax()
+    return high if (high - low).item() < MAX_SPREAD else None
 
 
-class _RowLoss(torch.autograd.Function):
-    """Cross-entropy of n rows against N keys, the positive of row i being key first + i."""
+def _add_lse(total: Tensor, more: Tensor) -> None:
+    """total <- log(exp(total) + exp(more)), in place."""
+    torch.logaddexp(total, more, out=total)
+
+
+class _Contrastive(torch.autograd.Function):
+    """Forward: log-sum-exps of rows and columns. Backward: softmaxes from these, tile by tile."""
 
     @staticmethod
-    def forward(ctx: Any, query_nE: Tensor, key_NE: Tensor, scale: Tensor, first: int) -> Tensor:
-        n = len(query_nE)
-        rows_lse = query_nE.new_full((n,), -torch.inf)
-        scaled_nE = query_nE * scale
-        for rows, columns in _tiles(n, len(key_NE)):
-            _add_lse(rows_lse[rows], (scaled_nE[rows] @ key_NE[columns].T).logsumexp(1))
-        positives_n = (scaled_nE * key_NE[first : first + n]).sum(1)
-        ctx.save_for_backward(query_nE, key_NE, scale, rows_lse)
-        ctx.first = first
-        return (rows_lse - positives_n).mean()
+    def forward(ctx: Any, image_nE: Tensor, text_nE: Tensor, scale: Tensor, form: Form) -> Tensor:
+        rows_lse = image_nE.new_full((len(image_nE),), -torch.inf)
+
+        def add_lses(texts: Sequence[Tensor], columns_lse: Tensor) -> None:
+            for rows, columns, logits_RC in _logit_tiles(image_nE, texts[0], scale):
+                shift = _common_shift(logits_RC)
+                if shift is None:
+                    of_rows, of_columns = logits_RC.logsumexp(1), logits_RC.logsumexp(0)
+                else:
+                    exp_RC = logits_RC.sub_(shift).exp_()
+                    of_rows = exp_RC.sum(1).log_().add_(shift)
+                    of_columns = exp_RC.sum(0).log_().add_(shift)
+                _add_lse(rows_lse[rows], of_rows)
+                _add_lse(columns_lse[columns], of_columns)
+
+        nothing = torch.full_like(rows_lse, -torch.inf)
+        columns_lse = meet_texts(form, [text_nE], nothing, add_lses, lse_to_owner)
+        ctx.save_for_backward(image_nE, text_nE, scale, rows_lse, columns_lse)
+        ctx.form = form
+        positives_n = torch.linalg.vecdot(image_nE, text_nE) * scale
+        return ((rows_lse + columns_lse) / 2 - positives_n).mean()
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride], torch's takes *Any
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        query_nE, key_NE, scale, rows_lse = ctx.saved_tensors
-        n, positives = len(query_nE), slice(ctx.first, ctx.first + len(query_nE))
-        scaled_nE = query_nE * scale
-        d_scaled, d_key = -key_NE[positives] / n, torch.zeros_like(key_NE)
-        d_key[positives] = -scaled_nE / n
-        for rows, columns in _tiles(n, len(key_NE)):
-            weights_RC = scaled_nE[rows] @ key_NE[columns].T
-            weights_RC = weights_RC.sub_(rows_lse[rows, None]).exp_().div_(n)
-            d_scaled[rows] += weights_RC @ key_NE[columns]
-            d_key[columns] += weights_RC.T @ scaled_nE[rows]
-        d_scale = (d_scaled * query_nE).sum() * grad
-        return d_scaled * (scale * grad), d_key * grad, d_scale, None
+        image_nE, text_nE, scale, rows_lse, columns_lse = ctx.saved_tensors
+        share = 1 / len(image_nE)
+        # d loss / d logits = (softmax over the row + softmax over the column) / 2n - identity / n
+        d_image_nE = text_nE * -share
+
+        def add_gradients(texts: Sequence[Tensor], d_text_mE: Tensor) -> None:
+            text_mE, columns_lse = texts
+            for rows, columns, logits_RC in _logit_tiles(image_nE, text_mE, scale):
+                rows_R1, columns_C = rows_lse[rows, None], columns_lse[columns]
+                shift = _common_shift(logits_RC)
+                if shift is None:
+                    weights_RC = (logits_RC - rows_R1).exp_()
+                    weights_RC += logits_RC.sub_(columns_C).exp_()
+                else:  # a sum above is at least every summand: no factor exceeds e^MAX_SPREAD
+                    weights_RC = (shift - rows_R1).exp_() + (shift - columns_C).exp_()
+                    weights_RC *= logits_RC.sub_(shift).exp_()
+                d_image_nE[rows].addmm_(weights_RC, text_mE[columns], alpha=share / 2)
+                d_text_mE[columns].addmm_(weights_RC.T, image_nE[rows], alpha=share / 2)
+
+        with torch.autocast(image_nE.device.type, enabled=False):
+            texts, nothing = [text_nE, columns_lse], torch.zeros_like(text_nE)
+            d_text_nE = meet_texts(ctx.form, texts, nothing, add_gradients, sum_to_owner)
+            d_text_nE.sub_(image_nE, alpha=share)
+            d_scale = torch.linalg.vecdot(d_image_nE, image_nE).sum() * grad
+        factor = scale * grad
+        return d_image_nE.mul_(factor), d_text_nE.mul_(factor), d_scale, None
+
+
+class _Sigmoid(torch.autograd.Function):
+    """Forward: the value, and the gradients if asked for. Backward: their product with `grad`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_nE: Tensor,
+        text_nE: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        form: Form,
+        differentiate: bool,
+    ) -> Tensor:
+        # All pairs as if they did not match, then the rows' own: softplus(-x) = softplus(x) - x.
+        softplus_n, sigmoid_n = image_nE.new_zeros(2, len(image_nE)).unbind()
+        d_image_nE = torch.zeros_like(image_nE)
+
+        def add_all(texts: Sequence[Tensor], d_text_mE: Tensor) -> None:
+            text_mE = texts[0]
+            for rows, columns, logits_RC in _logit_tiles(image_nE, text_mE, scale):
+                logits_RC += bias
+                softplus_n[rows] -= F.logsigmoid(-logits_RC).sum(1)
+                if differentiate:
+                    weights_RC = logits_RC.sigmoid_()
+                    sigmoid_n[rows] += weights_RC.sum(1)
+                    d_image_nE[rows].addmm_(weights_RC, text_mE[columns])
+                    d_text_mE[columns].addmm_(weights_RC.T, image_nE[rows])
+
+        nothing = torch.zeros_like(text_nE)
+        d_text_nE = meet_texts(form, [text_nE], nothing, add_all, sum_to_owner)
+        if differentiate:
+            d_image_nE.sub_(text_nE)
+            d_text_nE.sub_(image_nE)
+            d_scale = torch.linalg.vecdot(d_image_nE, image_nE).mean()
+            factor = scale / len(image_nE)
+            d_image_nE.mul_(factor)
+            d_text_nE.mul_(factor)
+            ctx.save_for_backward(d_image_nE, d_text_nE, d_scale, (sigmoid_n - 1).mean())
+        positives_n = torch.linalg.vecdot(image_nE, text_nE) * scale + bias
+        return (softplus_n - positives_n).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride], torch's takes *Any
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return *(gradient * grad for gradient in ctx.saved_tensors), None, None

@@ -49,10 +49,6 @@ def build_initial(model: str, seed: int) -> Initial:
         clip = CLIP(config)
         preprocess = Preprocess(config.vision_cfg.image_size)
         tokenizer = Tokenizer(config.text_cfg.context_length)
-    if clip.logit_bias is not None:
-        raise TrainError(
-            f"--model {model}: has a logit bias (SigLIP); expected a CLIP model without"
-        )
     return Initial(clip, preprocess, tokenizer)
 
 

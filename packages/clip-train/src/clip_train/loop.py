@@ -28,7 +28,7 @@ from clip_train.state import (
     newest_state,
     save_state,
 )
-from clip_train.step import Update, learning_rate, make_optimizer, train_step
+from clip_train.step import Update, learning_rate, make_loss, make_optimizer, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Trainer:
         self.bf16 = bf16
         self.model, self.preprocess, tokenizer = build_initial(config.model, config.seed)
         self.wrapped = accelerator.prepare(self.model.train())  # moved; several processes: DDP
+        self.loss_of = make_loss(self.model, accelerator.num_processes)
         self.optimizer = make_optimizer(self.model, config)
         self.order = Order(data.counts, config.seed, config.shuffle_shards)
         self.batches = Batches(
@@ -193,13 +194,13 @@ class Trainer:
         update = train_step(
             self.wrapped,
             self.model,
+            self.loss_of,
             self.optimizer,
             self.preprocess.normalize(batch.images_b3SS.to(device, non_blocking=True)),
             batch.tokens_bL.to(device, non_blocking=True),
             lr=learning_rate(position.step, config),
             grad_clip=config.grad_clip,
             bf16=self.bf16,
-            world=self.accelerator.num_processes,
         )
         samples = self.order.samples(self.samples, self.samples + config.batch_size)
         order_hash = extend_hash(position.order_hash, samples)

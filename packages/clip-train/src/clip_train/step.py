@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from clip_models import CLIP, contrastive_loss
+from clip_models import CLIP, ContrastiveLoss, SigmoidLoss
 from torch import Tensor, nn
 
 from clip_train.config import TrainConfig
@@ -43,6 +43,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
+def make_loss(model: CLIP, world: int) -> nn.Module:
+    """SigLIP's loss for a model with a logit bias, CLIP's for others.
+
+    `world` processes share the global batch. Each holds the texts of all: fast, and small beside
+    the activations of its own pairs.
+    """
+    kind = ContrastiveLoss if model.logit_bias is None else SigmoidLoss
+    return kind("gather" if world > 1 else None)
+
+
 @dataclass(frozen=True)
 class Update:
     """What a step found, left on the device: reading it waits for the step to finish."""
@@ -54,6 +64,7 @@ class Update:
 def train_step(
     wrapped: nn.Module,
     model: CLIP,
+    loss_of: nn.Module,
     optimizer: torch.optim.Optimizer,
     images_b3SS: Tensor,
     tokens_bL: Tensor,
@@ -61,21 +72,20 @@ def train_step(
     lr: float,
     grad_clip: float,
     bf16: bool,
-    world: int,
 ) -> Update:
     """Forward, backward, update.
 
     Args:
         wrapped: `model` itself, or in DDP, whose backward pass averages gradients over processes.
+        loss_of: what `make_loss` gave.
         images_b3SS: normalised pixels.
         tokens_bL: int64 tokens.
         grad_clip: largest gradient norm; 0: no clipping.
         bf16: run the towers under bfloat16 autocast; parameters and loss stay float32.
-        world: number of processes that share the global batch.
     """
     with torch.autocast(images_b3SS.device.type, torch.bfloat16, enabled=bf16):
-        image_features, text_features, logit_scale = wrapped(images_b3SS, tokens_bL)
-    loss = contrastive_loss(image_features, text_features, logit_scale, gathered=world > 1)
+        output = wrapped(images_b3SS, tokens_bL)
+    loss = loss_of(*output)
     loss.backward()
 
     parameters = [p for p in model.parameters() if p.grad is not None]
