@@ -88,6 +88,7 @@ def convert(
     found = _read_directory(path, name) if path.is_dir() else _read_file(path, architecture)
     if architecture is not None and path.is_dir():
         raise ModelError(f"{source} says itself what it is; leave out the architecture")
+    _check_positions(found)
     home = path if path.is_dir() else path.parent
     model = assemble(
         found.config, hf_config_of(found.config, home), _float32(found), found.files[0]
@@ -155,7 +156,7 @@ def _read_file(file: Path, architecture: str | None) -> Source:
 
 
 def _memory_names(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes of `CLIP` in memory: all of the text tower under `text.`, scalars scalar."""
+    """Names and shapes of `CLIP` in memory: the text tower under `text.`, scalars without axes."""
     weights: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if name in _DROPPED:
@@ -164,6 +165,21 @@ def _memory_names(found: dict[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.reshape(())
         weights[f"text.{name}" if name.startswith(_TOP_LEVEL_TEXT) else name] = tensor
     return weights
+
+
+def _check_positions(source: Source) -> None:
+    """Raises: ModelError: the same model, but for other images or captions."""
+    vision, text = source.config.vision_cfg, source.config.text_cfg
+    wanted = {"text.positional_embedding": text.context_length}
+    if vision.timm_model_name is None and vision.patch_size is not None:
+        wanted["visual.positional_embedding"] = (vision.image_size // vision.patch_size) ** 2 + 1
+    for name, positions in wanted.items():
+        if name in source.weights and len(source.weights[name]) != positions:
+            raise ModelError(
+                f"{source.files[0]} has {len(source.weights[name])} positions in {name}, where "
+                f"{positions} are asked for: convert it with its own size (image_size or "
+                "context_length in a .json architecture), then use `clip-models resize`"
+            )
 
 
 def _float32(source: Source) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,7 @@ def read_weights(files: list[Path]) -> tuple[str, dict[str, Tensor]]:
         for name, value in found.items():
             if not isinstance(value, Tensor):
                 raise ModelError(
-                    f"{file} has {name!r}, a {type(value).__name__}, where weights are expected"
+                    f"{file} holds {name!r} of type {type(value).__name__}, where tensors belong"
                 )
             weights[str(name).removeprefix("module.").replace("_orig_mod.", "")] = value
     if not weights:
@@ -174,7 +175,8 @@ def _read_safetensors(file: Path) -> dict[Any, Any]:
 
 def _read_pickle(file: Path) -> dict[Any, Any]:
     try:
-        with torch.serialization.safe_globals(_IGNORED):
+        with torch.serialization.safe_globals(_IGNORED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in a newer protocol, which it may refuse
             values: Any = torch.load(
                 file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
             )
