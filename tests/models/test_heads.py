@@ -1,11 +1,14 @@
 """Class heads: the zero-shot head of CLIP_benchmark, saved, read and refused."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from click.testing import CliRunner
 from clip_models import (
     Head,
     ModelError,
@@ -17,6 +20,7 @@ from clip_models import (
     read_templates,
     save_head,
 )
+from clip_models.cli import main
 from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from safetensors.torch import save_file
 
@@ -90,14 +94,36 @@ def _of(head: Head, fingerprint: str) -> Head:
     return Head(head.weight, head.bias, head.class_names, head.kind, head.feature, fingerprint)
 
 
+def test_batches_and_repeated_prompts_change_nothing(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(make_model("vit"))
+    names = [*NAMES, "Cat"]  # the tokenizer lower-cases, so these prompts are all known already
+    head = build_head(loaded, names, TEMPLATES)
+    assert torch.equal(head.weight[5], head.weight[0])
+    monkeypatch.setattr("clip_models.heads._PROMPTS_AT_ONCE", 7)
+    monkeypatch.setattr("clip_models.heads._TOKENS_A_BATCH", {"cpu": 20})
+    torch.testing.assert_close(build_head(loaded, names, TEMPLATES).weight, head.weight)
+
+
 def test_bad_input_is_named(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
     path = make_model("vit")
     loaded = load_model(path)
-    with pytest.raises(ModelError, match=r"'a photo' has no \{c\}"):
-        build_head(loaded, NAMES, ["a photo"])
+    for template, message in (
+        ("a photo", r"'a photo' has no \{c\}"),
+        ("", r"'' has no \{c\}"),
+        ("a photo of {}", r"has \{\}; \{c\}, and only that"),
+        ("{c} {}", r"has \{\}; \{c\}, and only that"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            build_head(loaded, NAMES, ["{c}", template])
     with pytest.raises(ModelError, match="at least one of each"):
         build_head(loaded, [], TEMPLATES)
-    build_head(loaded, ["missile", "missile"], TEMPLATES)
+    twice = ["missile", "cat", "missile"]
+    with pytest.raises(ModelError, match=r"more than once: \['missile'\].*--allow-duplicates"):
+        build_head(loaded, twice, TEMPLATES)
+    head = build_head(loaded, twice, TEMPLATES, allow_duplicates=True)
+    assert torch.equal(head.weight[0], head.weight[2])
     assert "given twice" in caplog.text
     with pytest.raises(ModelError, match="has no head 'nope'"):
         load_head(path, "nope")
@@ -113,10 +139,15 @@ def test_bad_input_is_named(make_model: MakeModel, caplog: pytest.LogCaptureFixt
 
 def test_class_files(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("cat\n\ndog\n\n")
-    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\n\nthe {c}.\n")
+    templates = tmp_path / "zeroshot_classification_templates.txt"
+    templates.write_text("a {c}.\nthe {c}.\n\n\n")
     assert read_class_names(tmp_path) == ["cat", "", "dog", ""]  # a blank line is a class
     assert read_class_names(tmp_path / "classnames.txt") == ["cat", "", "dog", ""]
     assert read_templates(tmp_path) == ["a {c}.", "the {c}."]
+    for text, line in (("a {c}.\n \nthe {c}.\n", 2), ("\n\n", 1)):
+        templates.write_text(text)
+        with pytest.raises(ModelError, match=f"line {line}: an empty template"):
+            read_templates(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     for name, message in (
@@ -126,3 +157,58 @@ def test_class_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=message):
             read_class_names(tmp_path / name)
+
+
+def test_lists_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_class_names("imagenet") == list(open_clip.IMAGENET_CLASSNAMES)
+    for name, theirs in (
+        ("openai-imagenet", open_clip.OPENAI_IMAGENET_TEMPLATES),
+        ("simple-imagenet", open_clip.SIMPLE_IMAGENET_TEMPLATES),
+    ):
+        assert [t.replace("{c}", "cat") for t in read_templates(name)] == [f("cat") for f in theirs]
+    assert all("{c}" in template for template in read_templates("general"))
+    with pytest.raises(ModelError, match="known by name: general, openai-imagenet, simple-image"):
+        read_templates("openai")
+    Path("imagenet").write_text("a file that exists comes first\n")
+    assert read_class_names("imagenet") == ["a file that exists comes first"]
+    monkeypatch.setattr("clip_models.templates.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match="not installed; install open-clip-torch"):
+        read_templates("openai-imagenet")
+    assert read_templates("general")
+
+
+def test_open_clip_is_not_imported_for_its_lists() -> None:
+    code = (
+        "import sys, clip_models; assert len(clip_models.read_templates('openai-imagenet')) == 80;"
+        "print({'open_clip', 'torch'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_build_head_command(make_model: MakeModel, tmp_path: Path) -> None:
+    path, sets = make_model("vit"), tmp_path / "set"
+    sets.mkdir()
+    (sets / "classnames.txt").write_text("cat\ndog\n")
+
+    def run(*args: object, code: int = 0) -> str:
+        result = CliRunner().invoke(main, ["build-head", str(path), *map(str, args)])
+        assert result.exit_code == code, result.output
+        return result.stderr if code else result.stdout
+
+    run("plain", "--dataset", sets)  # the set has no templates
+    loaded = load_model(path)
+    own = build_head(loaded, ["cat", "dog"], read_templates("general"))
+    assert torch.equal(load_head(path, "plain").weight, own.weight)
+    (sets / "zeroshot_classification_templates.txt").write_text("{c}!\n")
+    run("of-set", "--dataset", sets)
+    run("by-name", "--dataset", sets, "--templates", "simple-imagenet")
+    for name, templates in (("of-set", ["{c}!"]), ("by-name", read_templates("simple-imagenet"))):
+        expected = build_head(loaded, ["cat", "dog"], templates)
+        assert torch.equal(load_head(path, name).weight, expected.weight)
+    assert "not overwritten" in run("plain", "--dataset", sets, code=1)
+    error = run("big", "--classnames", "imagenet", "--templates", "general", code=1)
+    assert "['missile', 'sunglasses'], 2 in all" in error
+    assert "does not exist" in run("none", "--dataset", tmp_path / "imagenet", code=1)
+    assert list_heads(path) == ["by-name", "of-set", "plain"]

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import clip_models
 import open_clip
 import torch
-from clip_models import CLIP, ContrastiveLoss, Preprocess, architecture, save_model
+from clip_models import CLIP, Preprocess, save_model
 from clip_train.config import TrainConfig
-from clip_train.step import MAX_LOGIT_SCALE, make_optimizer, train_step
+from clip_train.step import MAX_LOGIT_SCALE, make_loss, make_optimizer, train_step
 from interleaved import compare
 from open_clip.loss import ClipLoss
 from torch import Tensor
@@ -56,7 +57,7 @@ def our_step(model: CLIP, device: str, bf16: bool, batch_size: int) -> Step:
         lr=LEARNING_RATE, warmup=0,
     )  # fmt: skip
     optimizer = make_optimizer(model, config)
-    loss = ContrastiveLoss()
+    loss = make_loss(model, world=1)
 
     def step(images: Tensor, tokens: Tensor) -> Tensor:
         images = images.to(device, non_blocking=True)
@@ -100,7 +101,7 @@ def their_step(model: Any, device: str, bf16: bool) -> Step:
 
 
 @click.command()
-@click.option("--architecture", "name", default="ViT-B-32", show_default=True, help="The model.")
+@click.option("--architecture", default="ViT-B-32", show_default=True, help="The model.")
 @click.option("--batch-size", default=16, show_default=True, help="Pairs in a step.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -109,14 +110,20 @@ def their_step(model: Any, device: str, bf16: bool) -> Step:
 @click.option("--rounds", default=5, show_default=True, help="Timed calls of each side.")
 @click.option("--seed", default=0, show_default=True, help="Of weights, images and captions.")
 def main(
-    name: str, batch_size: int, precision: str, device: str, threads: int, steps: int, rounds: int,
+    architecture: str,
+    batch_size: int,
+    precision: str,
+    device: str,
+    threads: int,
+    steps: int,
+    rounds: int,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     """Time full training steps: ours against open_clip's, on the same weights and batches."""
     arguments = dict(click.get_current_context().params)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    config = architecture(name)
+    config = clip_models.architecture(architecture)
     model = CLIP(config).train()
     size, text = config.vision_cfg.image_size, config.text_cfg
     with tempfile.TemporaryDirectory() as folder:

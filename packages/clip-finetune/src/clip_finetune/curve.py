@@ -183,7 +183,7 @@ def _count_hits(
 
 
 def _head(base: LoadedModel, data: LabelledSet, device: torch.device) -> Head:
-    head = build_head(base, data.class_names, data.templates)
+    head = build_head(base, data.class_names, data.templates, allow_duplicates=True)
     return replace(head, weight=head.weight.to(device), bias=head.bias.to(device))
 
 

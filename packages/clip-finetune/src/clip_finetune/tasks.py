@@ -40,7 +40,8 @@ class Task:
         """The head on `device`; a zero-shot head is built with `loaded`'s text tower."""
         head = self.saved_head
         if head is None:
-            head = build_head(loaded, self.data.class_names, self.data.templates)
+            names, templates = self.data.class_names, self.data.templates
+            head = build_head(loaded, names, templates, allow_duplicates=True)
         return replace(head, weight=head.weight.to(device), bias=head.bias.to(device))
 
 

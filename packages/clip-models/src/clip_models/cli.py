@@ -114,15 +114,38 @@ def convert(source: str, output: Path, architecture: str | None, layout: str) ->
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("name")
 @click.option("--dataset", type=click.Path(path_type=Path), help="Take both from this data set.")
-@click.option("--classnames", type=click.Path(path_type=Path), help="Class names, one a line.")
-@click.option("--templates", type=click.Path(path_type=Path), help="Prompts with {c}, one a line.")
+@click.option(
+    "--classnames", metavar="FILE|NAME", help="File of class names, one a line; or imagenet."
+)
+@click.option(
+    "--templates",
+    metavar="FILE|NAME",
+    help="File of prompts with {c}, one a line; or general (the default where --dataset has none), "
+    "openai-imagenet, simple-imagenet.",
+)
+@click.option("--allow-duplicates", is_flag=True, help="Class names may repeat, as ImageNet's do.")
 def build_head(
-    model: Path, name: str, dataset: Path | None, classnames: Path | None, templates: Path | None
+    model: Path,
+    name: str,
+    dataset: Path | None,
+    classnames: str | None,
+    templates: str | None,
+    allow_duplicates: bool,
 ) -> None:
-    """Build a zero-shot head from text and add it to MODEL as heads/NAME.safetensors."""
-    classnames, templates = classnames or dataset, templates or dataset
-    if classnames is None or templates is None:
-        raise click.UsageError("give --dataset, or --classnames and --templates")
+    """Build a zero-shot head from text and add it to MODEL as heads/NAME.safetensors.
+
+    The lists of ImageNet come from the open_clip package (open-clip-torch), where installed.
+    """
+    if classnames is None and dataset is None:
+        raise click.UsageError("give --dataset or --classnames")
     from clip_models.heads import add_zero_shot_head
 
-    click.echo(json.dumps(add_zero_shot_head(model, name, classnames, templates)))
+    added = add_zero_shot_head(
+        model,
+        name,
+        dataset=dataset,
+        classnames=classnames,
+        templates=templates,
+        allow_duplicates=allow_duplicates,
+    )
+    click.echo(json.dumps(added))

@@ -31,7 +31,12 @@ def zeroshot(
     """
     opened = [open_split(path, split) for path in sets]
     heads = [
-        build_head(model, data.class_names, read_templates(templates or data.path))
+        build_head(
+            model,
+            data.class_names,
+            read_templates(templates or data.path),
+            allow_duplicates=True,
+        )
         for data in opened
     ]
     for data, head in zip(opened, heads, strict=True):

@@ -171,7 +171,7 @@ def _zero_shot_head(model: LoadedModel, data: Split) -> Head | None:
     """The head to compare probes with; None where the set has no templates."""
     if not (data.path / "zeroshot_classification_templates.txt").is_file():
         return None
-    return build_head(model, data.class_names, read_templates(data.path))
+    return build_head(model, data.class_names, read_templates(data.path), allow_duplicates=True)
 
 
 def _earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
