@@ -1,49 +1,37 @@
-"""Image bytes to model input, as open_clip's transforms do it.
+"""Image bytes to model input: open_clip's transforms, at about three times its speed.
 
 The work is split where it is cheapest: `eval` and `train` run in loader workers and return uint8
 pixels, a quarter of the bytes of float32; `normalize` runs on the batch, on its device.
+
+Decoding is PIL's, bit for bit (decode.py holds the outcomes of unusual files). Resizing is torch's
+antialiased uint8 kernel, which has PIL's filters but shorter weights: single values differ from
+PIL's by one level of 255, about one in a hundred, so a normalised value is within 1 / 255 / std of
+open_clip's. Nothing here uses torch's thread pool, which would only get in the workers' way.
 """
 
-# B batch, S image size
+# B batch, S image size, H, W height and width in pixels
 
 import hashlib
-import io
 import json
 import math
 import random
 from dataclasses import asdict
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_models.config import PreprocessConfig
-from clip_models.errors import ImageError
+from clip_models.decode import check_size, decode
 
-MAX_PIXELS = 100_000_000  # a decompression bomb is refused by its header
+# Raise this when the pixels of `eval` change: features made before cannot be mixed with new ones.
+PIXELS_VERSION = 2
 
-
-def _decode(data: bytes) -> Image.Image:
-    """The first frame as RGB, alpha and palette converted as PIL does (webdataset's `pilrgb`)."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(
-                    f"image of {width} x {height} pixels; the limit is {MAX_PIXELS:,} in all"
-                )
-            if image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # the same colours, without PIL's warning
-            return image.convert("RGB")
-    except ImageError:
-        raise
-    except Exception as error:  # PIL's decoders raise nearly anything on broken bytes
-        raise ImageError(f"not a readable image ({len(data):,} bytes): {error}") from error
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+Filter = Literal["bicubic", "bilinear"]
 
 
 class Preprocess:
@@ -59,37 +47,39 @@ class Preprocess:
         self.config = config or PreprocessConfig()
         # open_clip's "random" is for training; it evaluates with bicubic
         bilinear = self.config.interpolation == "bilinear"
-        self._filter = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+        self._filter: Filter = "bilinear" if bilinear else "bicubic"
 
     @property
     def hash(self) -> str:
         """Identifies the evaluation transform: equal hashes give equal pixels."""
-        text = json.dumps([self.size, asdict(self.config)], sort_keys=True)
+        text = json.dumps([PIXELS_VERSION, self.size, asdict(self.config)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def eval(self, data: bytes) -> Tensor:
         """Encoded image -> uint8 [3, S, S]: resize by the resize mode, then crop the centre.
 
         Raises:
-            ImageError: the bytes are no readable image, or one above 100 million pixels.
+            ImageError: the bytes are no complete image, or one above 100 million pixels, as it is
+                or as its short side becomes S.
         """
-        image, size = _decode(data), self.size
-        width, height = image.size
+        pixels_HW3, size = decode(data), self.size
+        height, width = pixels_HW3.shape[:2]
         if self.config.resize_mode == "squash":
-            return _to_tensor(image.resize((size, size), self._filter))
+            return _planar(_resize(pixels_HW3, size, size, self._filter))
         if self.config.resize_mode == "longest":
             scale = size / max(width, height)
-            fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
-            image = image.resize(fitted, self._filter)
-            padded = Image.new("RGB", (size, size))
-            padded.paste(image, ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
-            return _to_tensor(padded)
+            w, h = max(1, round(width * scale)), max(1, round(height * scale))
+            left, top = (size - w) // 2, (size - h) // 2
+            padded_SS3 = np.zeros((size, size, 3), np.uint8)
+            fitted = _resize(pixels_HW3, w, h, self._filter)
+            padded_SS3[top : top + h, left : left + w] = fitted
+            return _planar(padded_SS3)
         # torchvision's Resize(int): the short side becomes S, the long one is truncated
-        short, long = min(width, height), max(width, height)
-        resized = int(size * long / short)
-        image = image.resize((size, resized) if width <= height else (resized, size), self._filter)
-        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        return _to_tensor(image.crop((left, top, left + size, top + size)))
+        long = int(size * max(width, height) / min(width, height))
+        w, h = (size, long) if width <= height else (long, size)
+        resized = _resize(pixels_HW3, w, h, self._filter)
+        left, top = round((w - size) / 2), round((h - size) / 2)
+        return _planar(resized[top : top + size, left : left + size])
 
     def train(self, data: bytes, seed: int) -> Tensor:
         """Encoded image -> uint8 [3, S, S]: a random crop of 90-100% of the area, resized bicubic.
@@ -100,16 +90,53 @@ class Preprocess:
         Raises:
             ImageError: as in `eval`.
         """
-        image = _decode(data)
-        box = _random_box(image.width, image.height, random.Random(seed))
-        size = (self.size, self.size)
-        return _to_tensor(image.crop(box).resize(size, Image.Resampling.BICUBIC))
+        pixels_HW3 = decode(data)
+        height, width = pixels_HW3.shape[:2]
+        left, top, right, bottom = _random_box(width, height, random.Random(seed))
+        cropped = np.ascontiguousarray(pixels_HW3[top:bottom, left:right])
+        return _planar(_resize(cropped, self.size, self.size, "bicubic"))
 
     def normalize(self, images_B3SS: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float32 (x / 255 - mean) / std, on the same device."""
-        mean = torch.tensor(self.config.mean, device=images_B3SS.device).view(3, 1, 1)
-        std = torch.tensor(self.config.std, device=images_B3SS.device).view(3, 1, 1)
-        return (images_B3SS.float().div_(255)).sub_(mean).div_(std)
+        scale_311, bias_311 = _affine(self.config.mean, self.config.std, images_B3SS.device)
+        if images_B3SS.device.type != "cpu":
+            return torch.addcmul(bias_311, images_B3SS, scale_311)  # one pass, converting on the way
+        # One image at a time stays in the cache. NumPy asks the kernel for huge pages; torch does
+        # not, and the first touches of a new batch would take longer than the arithmetic.
+        scale, bias = scale_311.numpy(), bias_311.numpy()
+        out_B3SS = np.empty(images_B3SS.shape, np.float32)
+        for image_3SS, out_3SS in zip(images_B3SS.numpy(), out_B3SS, strict=True):
+            np.multiply(image_3SS, scale, out=out_3SS)
+            out_3SS += bias
+        return torch.from_numpy(out_B3SS)
+
+
+@lru_cache(maxsize=16)
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """scale, bias [3, 1, 1] float32 such that x * scale + bias = (x / 255 - mean) / std."""
+    mean_311, std_311 = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
+    scale, bias = 1 / (255 * std_311), -mean_311 / std_311
+    return scale.float().to(device), bias.float().to(device)
+
+
+def _resize(pixels_HW3: NDArray[np.uint8], w: int, h: int, mode: Filter) -> NDArray[np.uint8]:
+    """PIL's `resize` to [h, w, 3] within one level."""
+    check_size(w, h)  # a line of 60,000 x 1 would grow to gigabytes
+    height, width = pixels_HW3.shape[:2]
+    # [None] first: only then are the strides those that torch calls channels-last, its fast path
+    images_13HW = torch.from_numpy(pixels_HW3)[None].permute(0, 3, 1, 2)
+    # Each pass rounds to whole levels, so their order shows. Torch goes along the rows first;
+    # Pillow 13 does not where that is much more work.
+    if height - h > max(0, 2 * (width - w)):
+        images_13HW = F.interpolate(images_13HW, (h, width), mode=mode, antialias=True)
+    resized_13hw = F.interpolate(images_13HW, (h, w), mode=mode, antialias=True)
+    return resized_13hw[0].permute(1, 2, 0).numpy()
+
+
+def _planar(pixels_SS3: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels_SS3.transpose(2, 0, 1)))
 
 
 def _random_box(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
