@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from clip_models.config import TextConfig
 from clip_models.errors import ModelError
+from clip_models.hf_tokenizer import reason_of
 
 _POOLERS = ("mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_pooler")
 # what transformers raises for a name that is not there, a broken file or an absurd value
@@ -126,7 +127,7 @@ def read_hf_config(source: str | Path) -> PretrainedConfig:
             hf_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except _FAILURES as error:
         raise ModelError(
-            f"Hugging Face text model {str(source)!r} cannot be read: {_reason(error)}"
+            f"Hugging Face text model {str(source)!r} cannot be read: {reason_of(error)}"
         ) from error
     if hf_config is None:
         raise ModelError(
@@ -142,43 +143,43 @@ def read_hf_config(source: str | Path) -> PretrainedConfig:
     return hf_config
 
 
-def _reason(error: Exception) -> str:
-    """transformers explains itself over many lines; the first says what is wrong."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _transformer(config: TextConfig, hf_config: Any, pretrained: bool) -> nn.Module:
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
+    name = cast(str, config.hf_model_name)
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "trust_remote_code": False,
+        "attn_implementation": None,  # torch's own: a config.json can name one to download
+    }
     model_class = MODEL_MAPPING.get(type(hf_config), None)
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = config.hf_pooler_type == "cls_pooler"
-    if pretrained:
-        model = _pretrained(cast(str, config.hf_model_name), hf_config, options)
-    elif torch.get_default_device().type == "meta":
-        # about to be filled from a file: no random numbers, but the buffers that no file has are
-        # computed; memory that nothing wrote to costs nothing
-        with torch.device("cpu"), no_init_weights():
+    try:
+        if pretrained:
+            model = _pretrained(name, hf_config, options)
+        elif torch.get_default_device().type == "meta":
+            # about to be filled from a file: no random numbers, but the buffers that no file has
+            # are computed; memory that nothing wrote to costs nothing
+            with torch.device("cpu"), no_init_weights():
+                model = AutoModel.from_config(hf_config, **options)
+        else:
             model = AutoModel.from_config(hf_config, **options)
-    else:
-        model = AutoModel.from_config(hf_config, **options)
+    except _FAILURES as error:
+        raise ModelError(
+            f"Hugging Face text model {name!r} cannot be built: {reason_of(error)}"
+            + ('; for random weights: "hf_model_pretrained": false' if pretrained else "")
+        ) from error
     return model.encoder if hf_config.is_encoder_decoder else model
 
 
 def _pretrained(name: str, hf_config: Any, options: dict[str, Any]) -> Any:
     # otherwise transformers asks a service on the hub to convert what is not in safetensors
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    try:
-        model, info = AutoModel.from_pretrained(
-            name, config=hf_config, use_safetensors=True, output_loading_info=True, **options
-        )
-    except _FAILURES as error:
-        raise ModelError(
-            f"the weights of Hugging Face text model {name!r} cannot be read: {_reason(error)}; "
-            'for random ones say "hf_model_pretrained": false in text_cfg'
-        ) from error
+    model, info = AutoModel.from_pretrained(
+        name, config=hf_config, use_safetensors=True, output_loading_info=True, **options
+    )
     # a pooler is what language models are published without
     if missing := sorted(n for n in info["missing_keys"] if not n.startswith("pooler.")):
-        raise ModelError(f"the weights of {name!r} lack {', '.join(missing[:4])}")
+        raise ValueError(f"its weights lack {', '.join(missing[:4])}")
     return model
 
 

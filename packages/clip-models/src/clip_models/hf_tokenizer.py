@@ -5,6 +5,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ class HFTokenizer:
         if self.backend.pad_token_id is None:
             raise ModelError(f"{source}: a tokenizer without a padding token")
         if language is not None:
-            if not hasattr(self.backend, "set_src_lang_special_tokens"):
-                raise ModelError(f"tokenizer_kwargs: language: {source} knows no languages")
-            self.backend.set_src_lang_special_tokens(language)
+            if not hasattr(self.backend, "src_lang") or language not in self.backend.get_vocab():
+                raise ModelError(f"tokenizer_kwargs: {source} does not know language {language!r}")
+            # open_clip's set_src_lang_special_tokens is undone by transformers 5 at the next call
+            self.backend.src_lang = language
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> int64 [N, L], padded."""
@@ -74,6 +76,9 @@ class HFTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into a directory, from which it loads offline."""
+        # else they hold the last call's padding too, and depend on whether there was one
+        self.backend.backend_tokenizer.no_padding()
+        self.backend.backend_tokenizer.no_truncation()
         self.backend.save_pretrained(path)
 
 
@@ -82,16 +87,24 @@ def has_tokenizer(path: str | os.PathLike[str]) -> bool:
     return any((Path(path) / name).is_file() for name in _FILES)
 
 
+def reason_of(error: Exception) -> str:
+    """transformers explains itself over many lines; one is enough."""
+    return shorten(str(error) or type(error).__name__, 240).rstrip(".")
+
+
 def _read(source: str) -> Any:
     # said outright, tokenizers does not warn when a loader forks; as open_clip says it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        backend: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the Rust library raises nothing more special for a broken file
         raise ModelError(
-            f"tokenizer {source!r} cannot be read: {reason}; it belongs into the model directory "
-            f"({', '.join(_FILES)}), or into what hf_tokenizer_name names"
+            f"tokenizer {source!r} cannot be read: {reason_of(error)}; it belongs into the model "
+            f"directory ({', '.join(_FILES)}), or into what hf_tokenizer_name names"
         ) from error
+    # where its file is missing, transformers makes up a vocabulary of special tokens (T5: and "▁")
+    if len(backend) <= len(backend.get_added_vocab()) + 1:
+        raise ModelError(f"tokenizer {source!r} has no vocabulary; put its {_FILES[0]} there")
+    return backend
