@@ -74,6 +74,7 @@ def test_public_names_are_these() -> None:
     assert sorted(clip_models.__all__) == [
         "CLIP",
         "ContrastiveLoss",
+        "HFTokenizer",
         "Head",
         "ImageError",
         "LoadedModel",
@@ -94,6 +95,7 @@ def test_public_names_are_these() -> None:
         "read_templates",
         "save_head",
         "save_model",
+        "tokenizer_for",
     ]
     for name in clip_models.__all__:
         assert getattr(clip_models, name) is not None

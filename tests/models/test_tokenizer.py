@@ -57,7 +57,7 @@ def test_shorter_context() -> None:
 # 100,000 texts: hypothesis's 20,000, and eight kinds of 10,000 drawn here
 
 CAPTIONS = """
-photo of the a Dress women's Blue vintage 2017 Hand-made T-shirt iPhone® case for sale, Stock image |
+photo of the a Dress women's Blue vintage 2017 Hand-made T-shirt iPhone® case for sale, Stock image
 Royalty-Free £12.99 (100%) 4x6" wedding @home #art http://x.co/a_b.jpg naïve Café München сад don't
 猫の写真 صورة फोटो 사진 we'll it's 1950s &amp; &quot;best&quot; - – —
 """

@@ -78,7 +78,7 @@ def interpolate_models(
             "base_provenance": loaded.provenance,
             "finetuned_provenance": read_model_config(finetuned)[1].get("provenance"),
         }
-        save_model(building, loaded.model, loaded.preprocess, provenance=provenance)
+        save_model(building, loaded.model, loaded.preprocess, provenance, loaded.tokenizer)
         fingerprint = fingerprint_of(building)
         for name, head in _heads(base, finetuned, alpha, same_text).items():
             save_head(building, name, replace(head, fingerprint=fingerprint))

@@ -225,7 +225,8 @@ class Trainer:
             "corrupt": sum(self.corrupt),
             "base_provenance": self.loaded.provenance,
         }
-        save_model(folder, self.loaded.model, self.loaded.preprocess, provenance=provenance)
+        loaded = self.loaded
+        save_model(folder, loaded.model, loaded.preprocess, provenance, loaded.tokenizer)
         fingerprint = fingerprint_of(folder)
         for task, head in zip(self.tasks, self.heads, strict=True):
             kind = "zero-shot" if head.kind == "zero-shot" else "fine-tuned"

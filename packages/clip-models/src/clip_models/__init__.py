@@ -12,21 +12,23 @@ if TYPE_CHECKING:
     from clip_models.config import ModelConfig
     from clip_models.errors import ImageError, ModelError
     from clip_models.heads import Head, build_head, list_heads, load_head, save_head
+    from clip_models.hf_tokenizer import HFTokenizer
     from clip_models.loss import ContrastiveLoss, SigmoidLoss
     from clip_models.model import CLIP
     from clip_models.model_dir import (
         LoadedModel,
-        fingerprint_of,
         load_model,
         read_model_config,
         save_model,
     )
     from clip_models.preprocess import Preprocess
-    from clip_models.tokenizer import Tokenizer
+    from clip_models.tokenizer import Tokenizer, tokenizer_for
+    from clip_models.weights import fingerprint_of
 
 _MODULES = {
     "CLIP": "model",
     "ContrastiveLoss": "loss",
+    "HFTokenizer": "hf_tokenizer",
     "Head": "heads",
     "ImageError": "errors",
     "LoadedModel": "model_dir",
@@ -38,7 +40,7 @@ _MODULES = {
     "architecture": "architectures",
     "architecture_names": "architectures",
     "build_head": "heads",
-    "fingerprint_of": "model_dir",
+    "fingerprint_of": "weights",
     "list_heads": "heads",
     "load_head": "heads",
     "load_model": "model_dir",
@@ -47,11 +49,13 @@ _MODULES = {
     "read_templates": "class_files",
     "save_head": "heads",
     "save_model": "model_dir",
+    "tokenizer_for": "tokenizer",
 }
 
 __all__ = [
     "CLIP",
     "ContrastiveLoss",
+    "HFTokenizer",
     "Head",
     "ImageError",
     "LoadedModel",
@@ -72,6 +76,7 @@ __all__ = [
     "read_templates",
     "save_head",
     "save_model",
+    "tokenizer_for",
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from clip_models import (
     CLIP,
+    HFTokenizer,
     ModelConfig,
     Preprocess,
     Tokenizer,
@@ -14,6 +15,7 @@ from clip_models import (
     architecture_names,
     fingerprint_of,
     load_model,
+    tokenizer_for,
 )
 
 from clip_train.errors import TrainError
@@ -24,7 +26,7 @@ class Initial(NamedTuple):
 
     model: CLIP
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | HFTokenizer
 
 
 def describe_initial(model: str) -> dict[str, Any] | str:
@@ -39,16 +41,19 @@ def describe_initial(model: str) -> dict[str, Any] | str:
 
 
 def build_initial(model: str, seed: int) -> Initial:
-    """Random weights from `seed`, initialised as open_clip does, or a model directory's."""
+    """Random weights from `seed`, initialised as open_clip does, or a model directory's.
+
+    A Hugging Face text model starts with its own weights unless hf_model_pretrained is false.
+    """
     if Path(model).is_dir():
         loaded = load_model(model)
         clip, preprocess, tokenizer = loaded.model, loaded.preprocess, loaded.tokenizer
     else:
         config = _config(model)
+        tokenizer = tokenizer_for(config)
         torch.manual_seed(seed)
         clip = CLIP(config)
         preprocess = Preprocess(config.vision_cfg.image_size)
-        tokenizer = Tokenizer(config.text_cfg.context_length)
     return Initial(clip, preprocess, tokenizer)
 
 

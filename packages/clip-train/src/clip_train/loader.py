@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from clip_models import ImageError, Preprocess, Tokenizer
+from clip_models import HFTokenizer, ImageError, Preprocess, Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,7 +41,7 @@ class Batches(Dataset[Batch]):
         shards: list[Path],
         order: Order,
         preprocess: Preprocess,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | HFTokenizer,
         *,
         batch_size: int,
         rank: int,

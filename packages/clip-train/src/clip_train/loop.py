@@ -97,7 +97,7 @@ class Trainer:
         self.data = data
         self.wanted = wanted
         self.bf16 = bf16
-        self.model, self.preprocess, tokenizer = build_initial(config.model, config.seed)
+        self.model, self.preprocess, self.tokenizer = build_initial(config.model, config.seed)
         self.wrapped = accelerator.prepare(self.model.train())  # moved; several processes: DDP
         self.loss_of = make_loss(self.model, accelerator.num_processes)
         self.optimizer = make_optimizer(self.model, config)
@@ -106,7 +106,7 @@ class Trainer:
             data.shards,
             self.order,
             self.preprocess,
-            tokenizer,
+            self.tokenizer,
             batch_size=config.batch_size,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
@@ -260,7 +260,7 @@ class Trainer:
                 "manifest_hash": self.data.manifest_hash,
             }
             path = self.config.output / "model"  # last: it marks the run as finished
-            save_model(path, self.model.eval(), self.preprocess, provenance=provenance)
+            save_model(path, self.model.eval(), self.preprocess, provenance, self.tokenizer)
 
 
 def _summary(status: Status, config: TrainConfig, position: Position) -> Summary:
