@@ -91,7 +91,7 @@ def convert(
     _check_positions(found)
     home = path if path.is_dir() else path.parent
     model = assemble(
-        found.config, hf_config_of(found.config, home), _float32(found), found.files[0]
+        found.config, hf_config_of(found.config, home), _state(found), found.files[0]
     )
     origin |= {
         "converted_from": name,
@@ -156,15 +156,12 @@ def _read_file(file: Path, architecture: str | None) -> Source:
 
 
 def _memory_names(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes of `CLIP` in memory: the text tower under `text.`, scalars without axes."""
-    weights: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        if name in _DROPPED:
-            continue
-        if name in ("logit_scale", "logit_bias") and tensor.numel() == 1:
-            tensor = tensor.reshape(())
-        weights[f"text.{name}" if name.startswith(_TOP_LEVEL_TEXT) else name] = tensor
-    return weights
+    """Names of `CLIP` in memory: all of the text tower's under `text.`."""
+    return {
+        f"text.{name}" if name.startswith(_TOP_LEVEL_TEXT) else name: tensor
+        for name, tensor in found.items()
+        if name not in _DROPPED
+    }
 
 
 def _check_positions(source: Source) -> None:
@@ -182,8 +179,13 @@ def _check_positions(source: Source) -> None:
             )
 
 
-def _float32(source: Source) -> dict[str, Tensor]:
+def _state(source: Source) -> dict[str, Tensor]:
+    """The weights in float32; scalars without axes, which older versions gave one."""
     types = {str(t.dtype)[6:] for t in source.weights.values() if t.is_floating_point()}
     if others := sorted(types - {"float32"}):
         _log.info("%s weights become float32", ", ".join(others))
-    return {n: t.float() if t.is_floating_point() else t for n, t in source.weights.items()}
+    state = {n: t.float() if t.is_floating_point() else t for n, t in source.weights.items()}
+    for name in state.keys() & {"logit_scale", "logit_bias"}:
+        if state[name].numel() == 1:
+            state[name] = state[name].reshape(())
+    return state

@@ -23,7 +23,7 @@ _SMALL = [
 def hub_name(source: str) -> str | None:
     """The `org/name` that `hf-hub:org/name` or `org/name` stands for; None: no hub id."""
     name = source.removeprefix("hf-hub:")
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+    return name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) else None
 
 
 def fetch(name: str) -> Path:

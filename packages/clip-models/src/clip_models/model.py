@@ -41,9 +41,9 @@ class CLIP(nn.Module):
         self.config = config
         self.visual = build_image_tower(config.vision_cfg, config.embed_dim, config.quick_gelu)
         self.text = build_text_tower(config, hf_config)
-        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
         bias = config.init_logit_bias
-        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = False) -> Tensor:
         """Normalised pixels [B, 3, S, S] -> embeddings [B, E], of length 1 if `normalize`."""
