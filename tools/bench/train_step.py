@@ -103,7 +103,13 @@ def their_step(model: Any, device: str, bf16: bool) -> Step:
 @click.command()
 @click.option("--architecture", default="ViT-B-32", show_default=True, help="The model.")
 @click.option("--batch-size", default=16, show_default=True, help="Pairs in a step.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="bf16: autocast, as either trainer does it.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--threads", default=2, show_default=True, help="Of torch, on a CPU.")
 @click.option("--steps", default=4, show_default=True, help="Steps, each of its own batch, a call.")
