@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from click.testing import CliRunner
 from clip_models import ModelError, fingerprint_of, load_model
 from clip_models.cli import main
 from clip_models.convert import convert
+from clip_models.model_dir import init_model
 from clip_models.weights import disk_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .conftest import scattered, small_config
+from .hugging_face import clip_config, make_text_model
 
 MakeModel = Callable[[str], Path]
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -324,6 +327,34 @@ def test_command(make_model: MakeModel, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     both = run(str(tmp_path / "x"), str(tmp_path / "y"), *architecture, "--to", "transformers")
     assert both.exit_code == 2
+
+
+def test_a_hugging_face_text_tower(tmp_path: Path) -> None:
+    """From a checkpoint with a buffer of old, and from a directory when the source is gone."""
+    source, path = make_text_model("roberta", tmp_path / "source"), tmp_path / "model"
+    config = clip_config(source)
+    init_model(config, path, seed=0)
+    ids = {"text.transformer.embeddings.position_ids": torch.ones(1, 4)}
+    torch.save(training_checkpoint({**state_of(path), **ids}), tmp_path / "epoch_1.pt")
+    architecture = tmp_path / "architecture.json"
+    architecture.write_text(json.dumps(config.to_dict()))
+    result = convert(tmp_path / "epoch_1.pt", tmp_path / "output", str(architecture))
+    assert result["fingerprint"] == fingerprint_of(path)
+
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'output'}").eval()
+    shutil.rmtree(source)
+    torch.save(load_file(path / WEIGHTS), path / "open_clip_pytorch_model.bin")
+    (path / WEIGHTS).unlink()
+    assert convert(path, tmp_path / "again")["fingerprint"] == result["fingerprint"]
+    loaded = load_model(tmp_path / "again")
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'output'}")(["a cat", "two dogs"])
+    assert torch.equal(loaded.tokenizer(["a cat", "two dogs"]), tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.model.encode_text(tokens), theirs.encode_text(tokens), rtol=1e-5, atol=1e-5
+        )
+    with pytest.raises(ModelError, match="source"):  # which is gone, and its tokenizer with it
+        convert(tmp_path / "epoch_1.pt", tmp_path / "more", str(architecture))
 
 
 def test_a_timm_tower_and_a_siglip_model(make_model: MakeModel, tmp_path: Path) -> None:

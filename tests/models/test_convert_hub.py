@@ -62,13 +62,13 @@ def test_a_cached_clip_model_converts(hub: Path, make_model: MakeModel, tmp_path
     weights.rename(snapshot / "part-1.safetensors")
     index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="openai/clip.* cannot be had") as caught:
+    with pytest.raises(ModelError, match=r"openai/clip.* cannot be had") as caught:
         convert("openai/clip", tmp_path / "more")
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_not_cached_is_said(hub: Path, make_model: MakeModel, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no local path laion/none, .* cannot be had") as caught:
+    with pytest.raises(ModelError, match=r"no local path laion/none, .* cannot be had") as caught:
         convert("laion/none", tmp_path / "output")
     assert "\n" not in str(caught.value)
     snapshot = publish(hub, "laion/half", make_model("vit"))

@@ -89,10 +89,8 @@ def convert(
     if architecture is not None and path.is_dir():
         raise ModelError(f"{source} says itself what it is; leave out the architecture")
     _check_positions(found)
-    home = path if path.is_dir() else path.parent
-    model = assemble(
-        found.config, hf_config_of(found.config, home), _state(found), found.files[0]
-    )
+    hf_config = hf_config_of(found.config, found.home)
+    model = assemble(found.config, hf_config, _state(found), found.files[0])
     origin |= {
         "converted_from": name,
         "format": found.format,
@@ -100,7 +98,7 @@ def convert(
         **found.provenance,
     }
     preprocess = Preprocess(found.config.vision_cfg.image_size, found.preprocess)
-    save_model(output, model, preprocess, origin, tokenizer_for(found.config, home))
+    save_model(output, model, preprocess, origin, tokenizer_for(found.config, found.home))
     return {
         "model": str(output),
         "format": found.format,
@@ -125,6 +123,7 @@ def _read_directory(path: Path, name: str) -> Source:
         weights=_memory_names(read_weights(files)[1]),
         preprocess=PreprocessConfig.from_dict(values["preprocess_cfg"]),
         files=files,
+        home=path,
         provenance={"source": values["provenance"]} if "provenance" in values else {},
     )
 
@@ -132,7 +131,7 @@ def _read_directory(path: Path, name: str) -> Source:
 def _read_file(file: Path, architecture: str | None) -> Source:
     kind, found = read_weights([file])
     weights = _memory_names(found)
-    form, preprocess = _FORMATS[kind], PreprocessConfig()
+    form, preprocess, home = _FORMATS[kind], PreprocessConfig(), None
     if openai := any(mark in found for mark in MARKS):
         form = "OpenAI TorchScript archive" if kind == "torchscript" else "OpenAI state dict"
     if architecture is not None:
@@ -145,14 +144,15 @@ def _read_file(file: Path, architecture: str | None) -> Source:
     elif openai:
         config = openai_config(weights)
     elif (file.parent / OPEN_CLIP_CONFIG).is_file():
-        config, values = read_model_config(file.parent)
+        home = file.parent
+        config, values = read_model_config(home)
         preprocess = PreprocessConfig.from_dict(values["preprocess_cfg"])
     else:
         raise ModelError(
             f"{file} holds weights alone: give --architecture (a name from `clip-models list` or a "
             f".json file with open_clip's model_cfg), or put its {OPEN_CLIP_CONFIG} beside it"
         )
-    return Source(form, config, weights, preprocess, [file])
+    return Source(form, config, weights, preprocess, [file], home)
 
 
 def _memory_names(found: dict[str, Tensor]) -> dict[str, Tensor]:

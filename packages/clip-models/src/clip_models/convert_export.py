@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from clip_models.config import ModelConfig, PreprocessConfig
-from clip_models.convert_names import TRANSPOSED, clip_names
+from clip_models.convert_names import clip_names, to_theirs
 from clip_models.convert_processor import write_processor, write_tokenizer
 from clip_models.errors import ModelError
 from clip_models.model_dir import load_model, new_directory, refuse_existing
@@ -38,14 +37,10 @@ def export_transformers(
     config, preprocess = loaded.config, loaded.preprocess.config
     if found := _inexpressible(config, preprocess):
         raise ModelError(f"{model_dir}: transformers' CLIPModel has no {found}")
-    weights: dict[str, Tensor] = {}
-    state = loaded.model.state_dict()
     layers = config.vision_cfg.layers
-    assert isinstance(layers, int)
-    for ours, theirs in clip_names(layers, config.text_cfg.layers).items():
-        tensor = state[ours].T if ours in TRANSPOSED else state[ours]
-        parts = [tensor] if len(theirs) == 1 else tensor.chunk(len(theirs))
-        weights |= {n: part.contiguous() for n, part in zip(theirs, parts, strict=True)}
+    assert isinstance(layers, int)  # no ResNet
+    names = clip_names(layers, config.text_cfg.layers)
+    weights = to_theirs(loaded.model.state_dict(), names)
     with new_directory(output) as temporary:
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         write_processor(temporary, config.vision_cfg.image_size, preprocess)
@@ -55,7 +50,7 @@ def export_transformers(
     return {
         "model": str(Path(output)),
         "format": "transformers CLIPModel",
-        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
         "fingerprint": loaded.fingerprint,
     }
 

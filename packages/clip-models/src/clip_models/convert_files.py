@@ -47,7 +47,7 @@ class Source:
         weights: under the names of `CLIP` in memory.
         preprocess: the image transform.
         files: the weight files read.
-        tokenizer_from: a directory with a Hugging Face tokenizer's files; None: CLIP's tokenizer.
+        home: the directory that may hold a Hugging Face tokenizer and text model's configuration.
         provenance: what the source said of its own origin.
     """
 
@@ -56,7 +56,7 @@ class Source:
     weights: dict[str, Tensor]
     preprocess: PreprocessConfig
     files: list[Path]
-    tokenizer_from: Path | None = None
+    home: Path | None = None
     provenance: dict[str, Any] = field(default_factory=dict[str, Any])
 
 

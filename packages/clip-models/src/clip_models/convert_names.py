@@ -4,6 +4,14 @@ A table maps one name of ours (in memory) to theirs; several of theirs are joine
 dimension, as our attention keeps query, key and value in one matrix.
 """
 
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clip_models.errors import ModelError
+from clip_models.weights import name_faults
+
 Names = dict[str, list[str]]
 
 _NATIVE_BLOCK = {
@@ -26,7 +34,7 @@ _TEXT = {
     **{f"text.ln_final.{x}": f"text_model.final_layer_norm.{x}" for x in ("weight", "bias")},
 }
 # x @ P here, a Linear there
-TRANSPOSED = ("visual.proj", "text.text_projection")
+_TRANSPOSED = ("visual.proj", "text.text_projection")
 
 
 def clip_names(vision_layers: int, text_layers: int) -> Names:
@@ -75,6 +83,48 @@ def siglip_names(vision_layers: int, text_layers: int) -> Names:
         }
     vision = _blocks("visual.trunk.blocks", "vision_model", vision_layers, _TIMM_BLOCK, "attn.qkv.")
     return {ours: [theirs] for ours, theirs in single.items()} | vision | _text_blocks(text_layers)
+
+
+def split_pooling(found: dict[str, Tensor]) -> None:
+    """Take SigLIP's pooling apart in query and the rest, as timm has it."""
+    for x in ("weight", "bias"):
+        name = f"vision_model.head.attention.in_proj_{x}"
+        if name in found:
+            joined = found.pop(name)
+            width = joined.shape[0] // 3
+            found[f"{name}.q"], found[f"{name}.kv"] = joined[:width], joined[width:]
+
+
+def to_ours(found: dict[str, Tensor], names: Names, file: Path) -> dict[str, Tensor]:
+    """Their weights, read from `file`, under our names.
+
+    Raises:
+        ModelError: a weight is missing or surplus, or query, key and value do not fit together.
+    """
+    found = {k: v for k, v in found.items() if not k.endswith(".position_ids")}  # old buffers
+    expected = {theirs for several in names.values() for theirs in several}
+    if faults := name_faults(expected, found):
+        raise ModelError(f"{file} {'; '.join(faults)}: it and config.json are not of one model")
+    weights: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
+        try:
+            tensor = found[theirs[0]] if len(theirs) == 1 else torch.cat([found[n] for n in theirs])
+        except RuntimeError as error:
+            raise ModelError(f"{file}: {', '.join(theirs)} do not fit together") from error
+        if ours == "visual.trunk.pos_embed":
+            tensor = tensor.unsqueeze(0)
+        weights[ours] = tensor.T if ours in _TRANSPOSED else tensor
+    return weights
+
+
+def to_theirs(state: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """Our weights under a CLIPModel's names."""
+    weights: dict[str, Tensor] = {}
+    for ours, theirs in names.items():
+        tensor = state[ours].T if ours in _TRANSPOSED else state[ours]
+        parts = [tensor] if len(theirs) == 1 else tensor.chunk(len(theirs))
+        weights |= {name: part.contiguous() for name, part in zip(theirs, parts, strict=True)}
+    return weights
 
 
 def _text_blocks(layers: int) -> Names:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from clip_models.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from clip_models.convert_files import (
@@ -22,10 +21,9 @@ from clip_models.convert_files import (
     read_json,
     read_weights,
 )
-from clip_models.convert_names import TRANSPOSED, Names, clip_names, siglip_names
+from clip_models.convert_names import clip_names, siglip_names, split_pooling, to_ours
 from clip_models.convert_processor import has_clip_tokenizer, read_processor
 from clip_models.errors import ModelError
-from clip_models.weights import name_faults
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ def read_transformers(directory: Path, name: str) -> Source:
             half = (0.5, 0.5, 0.5)
             preprocess = PreprocessConfig(half, half, resize_mode="squash")
             names = siglip_names(vision["num_hidden_layers"], text["num_hidden_layers"])
-            _split_pooling(found)
+            split_pooling(found)
         preprocess = read_processor(directory, config.vision_cfg.image_size, preprocess)
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from error
@@ -106,9 +104,10 @@ def read_transformers(directory: Path, name: str) -> Source:
     return Source(
         format="transformers CLIPModel" if kind == "clip" else "transformers SiglipModel",
         config=config,
-        weights=_renamed(found, names, files[0]),
+        weights=to_ours(found, names, files[0]),
         preprocess=preprocess,
         files=files,
+        home=directory,
     )
 
 
@@ -226,30 +225,3 @@ def _timm_name(vision: dict[str, Any]) -> str:
         return name
     size = ", ".join(f"{n} {vision[n]}" for n in names)
     raise ModelError(f"timm {timm.__version__} has no model {pattern} with {size}")
-
-
-def _split_pooling(found: dict[str, Tensor]) -> None:
-    """timm keeps the pooling's query apart from key and value."""
-    for x in ("weight", "bias"):
-        name = f"vision_model.head.attention.in_proj_{x}"
-        if name in found:
-            joined = found.pop(name)
-            width = joined.shape[0] // 3
-            found[f"{name}.q"], found[f"{name}.kv"] = joined[:width], joined[width:]
-
-
-def _renamed(found: dict[str, Tensor], names: Names, file: Path) -> dict[str, Tensor]:
-    found = {k: v for k, v in found.items() if not k.endswith(".position_ids")}
-    expected = {theirs for several in names.values() for theirs in several}
-    if faults := name_faults(expected, found.keys()):
-        raise ModelError(f"{file} {'; '.join(faults)}: it and config.json are not of one model")
-    weights: dict[str, Tensor] = {}
-    for ours, theirs in names.items():
-        try:
-            tensor = found[theirs[0]] if len(theirs) == 1 else torch.cat([found[n] for n in theirs])
-        except RuntimeError as error:
-            raise ModelError(f"{file}: {', '.join(theirs)} do not fit together") from error
-        if ours == "visual.trunk.pos_embed":
-            tensor = tensor.unsqueeze(0)
-        weights[ours] = tensor.T if ours in TRANSPOSED else tensor
-    return weights

@@ -202,8 +202,8 @@ def init_model(config: ModelConfig, path: str | os.PathLike[str], seed: int) -> 
     return written | origin
 
 
-def hf_config_of(config: ModelConfig, path: Path) -> Any:
-    """The Hugging Face text model's own configuration: the directory's, else by name.
+def hf_config_of(config: ModelConfig, path: Path | None) -> Any:
+    """The Hugging Face text model's own configuration: the directory's, if any, else by name.
 
     None where the text tower is a native one.
 
@@ -215,6 +215,8 @@ def hf_config_of(config: ModelConfig, path: Path) -> Any:
         return None
     from clip_models.hf_text_tower import read_hf_config  # transformers takes seconds to import
 
+    if path is None:
+        return read_hf_config(name)
     if (path / HF_CONFIG_NAME).is_file():
         return read_hf_config(path)
     try:
