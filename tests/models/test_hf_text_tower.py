@@ -11,6 +11,7 @@ from clip_models.hf_text_tower import HFTextTower, read_hf_config
 from clip_models.tokenizer import tokenizer_for
 from open_clip.hf_model import HFTextEncoder
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 from .hugging_face import KINDS, TEXTS, clip_config, make_text_model
 
@@ -145,6 +146,34 @@ def test_checkpointing_changes_nothing(sources: dict[str, Path]) -> None:
             tower(tokens).square().sum().backward()
             gradients.append([p.grad.clone() for p in tower.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiled_once_for_all_caption_lengths(sources: dict[str, Path]) -> None:
+    config = clip_config(sources["roberta"])
+    tower = HFTextTower(config.text_cfg, 16).eval()
+    tokenizer, counter = tokenizer_for(config), CompileCounter()
+    compiled, frames = torch.compile(tower, backend=counter), []
+    for words in (3, 9, 1, 15, 6):
+        tokens = tokenizer(["a " * words, "cat"])
+        torch.testing.assert_close(compiled(tokens), tower(tokens))
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_gives_the_cpus_features(sources: dict[str, Path], kind: str) -> None:
+    tower = HFTextTower(clip_config(sources[kind]).text_cfg, 16).eval()
+    tokens = tokens_of(sources[kind])
+    with torch.no_grad():
+        expected = tower(tokens)
+        tower.cuda()
+        for place in (tokens, tokens.cuda()):
+            torch.testing.assert_close(tower(place).cpu(), expected, rtol=1e-3, atol=1e-4)
+        with torch.autocast("cuda", torch.bfloat16):
+            half = tower(tokens).float().cpu()
+    torch.testing.assert_close(half, expected, rtol=0.05, atol=0.05)
 
 
 def test_random_weights_where_asked_for(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_saved_tokenizers_are_the_same(sources: dict[str, Path], kind: str, tmp_
     }
 
 
+@pytest.mark.slow
 def test_loader_processes_do_not_warn(sources: dict[str, Path]) -> None:
     program = f"""
 import torch

@@ -203,6 +203,7 @@ def _projection(config: TextConfig, width: int, embed_dim: int) -> nn.Module:
             return nn.Identity()
 
 
+@torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
 def _cut(tokens_BL: Tensor, padding: int) -> Tensor:
     """Without the last columns that are padding in every row.
 
