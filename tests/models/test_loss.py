@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from clip_models import ContrastiveLoss, ModelError, SigmoidLoss, loss
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GLOBAL_ROWS = 24
 PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
@@ -115,6 +117,28 @@ def test_one_exp_of_a_wide_tile_is_exact_in_float32(
     got = [t.double() for t in value_and_gradients(ours(), leaves)]
     assert_equal(got, value_and_gradients(theirs(), exact), 2e-5)
     assert kind == "sigmoid" or max(spreads) > 75
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest result of any operation."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.largest = max(self.largest, *made, 0)
+        return result
+
+
+@KINDS
+def test_memory_is_linear_in_the_batch(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """No tensor is larger than the features, forward or backward."""
+    monkeypatch.setattr(loss, "CPU_TILE_BYTES", 8 * 4096)
+    leaves = features(2000)
+    with LargestTensor() as seen:
+        value_and_gradients(PAIRS[kind][0](), leaves)
+    assert seen.largest == leaves[0].numel()
 
 
 @KINDS

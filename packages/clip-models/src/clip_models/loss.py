@@ -26,10 +26,11 @@ from clip_models.text_blocks import (
     sum_to_owner,
 )
 
-# A tile of logits is made by one matrix product and passed over some five times. On a CPU it stays
-# in the shared cache for these, and is large enough (1024 x 1024 floats) for a fast product. A GPU
-# passes over it in its memory, and needs work enough per kernel to hide the launch of the next.
-CPU_TILE_BYTES = 4 << 20
+# A tile of logits is made by one matrix product and passed over some five times. On a CPU it is
+# about what the shared cache holds, so that the passes cost little, and no smaller: each kernel
+# ends with its threads waiting for the last, which takes long where data workers want the cores as
+# well. A GPU passes over it in its memory; its kernels must outlast the launch of the next.
+CPU_TILE_BYTES = 16 << 20
 GPU_TILE_BYTES = 128 << 20
 
 # The largest spread of logits in a tile for which one exp serves rows and columns: e^-80 is a
@@ -142,10 +143,10 @@ class SigmoidLoss(_PairLoss):
 def _logit_tiles(
     image_nE: Tensor, text_mE: Tensor, scale: Tensor
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and logits [R, C] of every tile: as square as the shape allows, all alike."""
+    """Rows, columns and logits [R, C] of every tile: as square as the shape allows."""
     budget = GPU_TILE_BYTES if image_nE.is_cuda else CPU_TILE_BYTES
     logits = budget // image_nE.element_size()
-    height = min(len(image_nE), math.isqrt(logits))
+    height = min(len(image_nE), 1 << math.isqrt(logits).bit_length() - 1)
     for rows in _spans(len(image_nE), height):
         scaled_RE = image_nE[rows] * scale
         for columns in _spans(len(text_mE), logits // height):
@@ -153,8 +154,10 @@ def _logit_tiles(
 
 
 def _spans(length: int, most: int) -> list[slice]:
-    count = -(-length // most)
-    return [slice(i * length // count, (i + 1) * length // count) for i in range(count)]
+    """Parts of about the same length; matrix products are faster at multiples of 64."""
+    size = -(-length // -(-length // most))
+    size = size if size < 64 else min(most, -(-size // 64) * 64)
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _common_shift(logits_RC: Tensor) -> Tensor | None:
