@@ -193,9 +193,9 @@ def init_model(config: ModelConfig, path: str | os.PathLike[str], seed: int) -> 
     tokenizer = tokenizer_for(config)
     torch.manual_seed(seed)
     model = CLIP(config)
-    text = config.text_cfg
-    pretrained = text.hf_model_name if text.hf_model_pretrained else None
-    origin = {"init_seed": seed, **({"text_weights": pretrained} if pretrained else {})}
+    text, origin = config.text_cfg, dict[str, Any](init_seed=seed)
+    if text.hf_model_name is not None:
+        origin["text_weights"] = text.hf_model_name if text.hf_model_pretrained else "random"
     save_model(path, model, Preprocess(config.vision_cfg.image_size), origin, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     written = {"model": str(path), "parameters": parameters, "fingerprint": fingerprint_of(path)}
