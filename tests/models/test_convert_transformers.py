@@ -10,7 +10,15 @@ import open_clip
 import pytest
 import timm
 import torch
-from clip_models import ModelError, Preprocess, fingerprint_of, load_model, save_model
+from clip_models import (
+    ModelError,
+    Preprocess,
+    architecture,
+    architecture_names,
+    fingerprint_of,
+    load_model,
+    save_model,
+)
 from clip_models.config import PreprocessConfig
 from clip_models.convert import convert
 from clip_models.convert_export import export_transformers
@@ -250,9 +258,19 @@ def test_a_tower_with_timms_own_gelu_is_said(
     assert "vit_test_patch8_siglip_32 has another GELU than gelu" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["vit", "vit-quickgelu", "vit-tanh"])
-def test_export_and_back_is_exact(make_model: MakeModel, tmp_path: Path, kind: str) -> None:
-    config = small_config("vit" if kind == "vit-tanh" else kind)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "vit",
+        "vit-quickgelu",
+        "vit-tanh",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("ViT-B-32", "ViT-B-16-quickgelu")),
+    ],
+)
+def test_export_and_back_is_exact(tmp_path: Path, kind: str) -> None:
+    published = kind in architecture_names()
+    config = architecture(kind) if published else small_config(kind.replace("-tanh", ""))
+    size = config.vision_cfg.image_size
     if kind == "vit-tanh":
         text = replace(
             config.text_cfg, act_kwargs={"approximate": "tanh"}, norm_kwargs={"eps": 1e-6}
@@ -260,12 +278,12 @@ def test_export_and_back_is_exact(make_model: MakeModel, tmp_path: Path, kind: s
         config = replace(config, text_cfg=text)
     path, theirs = tmp_path / kind, tmp_path / "theirs"
     preprocess = PreprocessConfig((0.5,) * 3, (0.25,) * 3, "bilinear", "squash")
-    save_model(path, scattered(config), Preprocess(64, preprocess))
+    save_model(path, scattered(config), Preprocess(size, preprocess))
     result = export_transformers(path, theirs)
     assert result["fingerprint"] == fingerprint_of(path)
     loaded, model = load_model(path), CLIPModel.from_pretrained(theirs).eval()
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
-    same_features(loaded.model, model, loaded.tokenizer(CAPTIONS), 64)
+    same_features(loaded.model, model, loaded.tokenizer(CAPTIONS), size)
     assert convert(theirs, tmp_path / "back")["fingerprint"] == fingerprint_of(path)
     back = load_model(tmp_path / "back")
     assert back.config == config
