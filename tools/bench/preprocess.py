@@ -11,6 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import click
 import numpy as np
@@ -62,7 +63,7 @@ class Theirs:
     """PIL and open_clip's transform."""
 
     def __init__(self, train: bool) -> None:
-        self.transform = image_transform(SIZE, is_train=train)
+        self.transform: Any = image_transform(SIZE, is_train=train)
 
     def __call__(self, data: bytes, index: int) -> Tensor:
         return self.transform(Image.open(io.BytesIO(data)).convert("RGB"))
