@@ -103,9 +103,7 @@ class Preprocess:
         """uint8 [B, 3, S, S] -> float32 (x / 255 - mean) / std, on the same device."""
         scale_311, bias_311 = _affine(self.config.mean, self.config.std, images_B3SS.device)
         if images_B3SS.device.type != "cpu":
-            return torch.addcmul(
-                bias_311, images_B3SS, scale_311
-            )  # one pass, converting on the way
+            return torch.addcmul(bias_311, images_B3SS.float(), scale_311)
         # One image at a time stays in the cache. NumPy asks the kernel for huge pages; torch does
         # not, and the first touches of a new batch would take longer than the arithmetic.
         scale, bias = scale_311.numpy(), bias_311.numpy()
