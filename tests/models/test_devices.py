@@ -7,11 +7,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from clip_models import CLIP, ContrastiveLoss, SigmoidLoss, Tokenizer, transformer
+from clip_models import CLIP, ContrastiveLoss, SigmoidLoss, Tokenizer
 from clip_models.transformer import Packed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 from .conftest import CAPTIONS, inputs, scattered, small_config
 
@@ -55,14 +55,14 @@ def test_no_tensor_stays_behind(kind: str, dtype: torch.dtype) -> None:
         images = torch.empty(len(CAPTIONS), 3, 64, 64, device="cuda", dtype=dtype)
         tokens = Tokenizer()(CAPTIONS)
         calls: list[int] = []
-        varlen = transformer.varlen_attn
+        real = varlen.varlen_attn
 
         def counted(*args: Tensor, **options: object) -> object:
             calls.append(len(args[0]))
-            return varlen(*args, **options)  # pyright: ignore
+            return real(*args, **options)  # pyright: ignore
 
         with (
-            patch.object(transformer, "varlen_attn", counted),
+            patch.object(varlen, "varlen_attn", counted),
             sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]),  # cuDNN asks the device
         ):
             output = model(images, tokens)

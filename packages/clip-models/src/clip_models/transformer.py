@@ -15,7 +15,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -122,9 +121,7 @@ class Attention(nn.Module):
             y_TD = _attend(qkv, layout.length, self.heads, layout.causal)
         elif _has_varlen(qkv):
             q, k, v = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)
-            bounds, longest = layout.bounds_S1, layout.longest
-            y = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
-            y_TD = cast(Tensor, y).flatten(1)
+            y_TD = _attend_varlen(q, k, v, layout.bounds_S1, layout.longest, layout)
         else:
             y_TD = _attend_groups(qkv, layout, self.heads)
         return cast(Tensor, self.out_proj(y_TD))
@@ -145,8 +142,7 @@ class Attention(nn.Module):
             k, v = kv.view(len(kv), 2, self.heads, -1).unbind(1)
             q = q_SD.view(len(q_SD), self.heads, -1)
             ones_S1 = torch.arange(len(q_SD) + 1, device=kv.device, dtype=torch.int32)
-            y = varlen_attn(q, k, v, ones_S1, layout.bounds_S1, 1, layout.longest)
-            y_SD = cast(Tensor, y).flatten(1)
+            y_SD = _attend_varlen(q, k, v, ones_S1, 1, layout)
         else:
             y_SD = _attend_pooled_groups(q_SD, kv, layout, self.heads)
         return cast(Tensor, self.out_proj(y_SD))
@@ -155,6 +151,19 @@ class Attention(nn.Module):
 def _has_varlen(x: Tensor) -> bool:
     """Whether torch has an attention for packed rows of this kind: flash, in half precision."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds_S1: Tensor, longest: int, layout: Packed
+) -> Tensor:
+    """Queries [T or S, H, K], lying within `bounds_S1`, on keys and values [T, H, K]."""
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler: seconds
+
+    # a query alone is the last of its sequence and sees all of it
+    window = (-1, 0) if longest > 1 else (-1, -1)
+    k_bounds, k_longest = layout.bounds_S1, layout.longest
+    y = varlen_attn(q, k, v, bounds_S1, k_bounds, longest, k_longest, window_size=window)
+    return cast(Tensor, y).flatten(1)
 
 
 def _split_heads(x_TD: Tensor, length: int, heads: int, parts: int) -> tuple[Tensor, ...]:
