@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from clip_models.config import TextConfig
+from clip_models.eager import eager
 from clip_models.errors import ModelError
 from clip_models.hf_tokenizer import reason_of
 
@@ -203,7 +204,7 @@ def _projection(config: TextConfig, width: int, embed_dim: int) -> nn.Module:
             return nn.Identity()
 
 
-@torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
+@eager
 def _cut(tokens_BL: Tensor, padding: int) -> Tensor:
     """Without the last columns that are padding in every row.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from clip_models.eager import eager
 from clip_models.errors import ModelError
 from clip_models.text_blocks import (
     Form,
@@ -51,8 +52,8 @@ class _PairLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"distributed={self.distributed!r}"
 
-    @torch.compiler.disable  # loops over tiles and exchanges: nothing to gain, much to unroll
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride], the decorator's type is loose
+    @eager  # loops over tiles and exchanges: nothing to gain, much to unroll
+    def forward(
         self,
         image_features_nE: Tensor,
         text_features_nE: Tensor,

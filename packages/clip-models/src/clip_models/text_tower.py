@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_models.config import ModelConfig, TextConfig
+from clip_models.eager import eager
 from clip_models.errors import ModelError
 from clip_models.freeze import freeze_all_but
 from clip_models.transformer import (
@@ -106,7 +107,7 @@ class TextTransformer(nn.Module):
         return features_BW @ self.text_projection
 
     # sizes here depend on the data: nothing for torch.compile
-    @torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
+    @eager
     def _lay_out(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Layout, Tensor | None]:
         """Tokens and positions [T], their layout, and the place of each caption in it."""
         device = self.positional_embedding.device

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clip_models.eager import eager
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -188,7 +190,7 @@ def _attend_pooled(q_SD: Tensor, kv: Tensor, length: int, heads: int) -> Tensor:
 
 # Without varlen attention: once for each distinct length, on views of the rows. Kept out of
 # torch.compile, which would compile anew for every batch's lengths.
-@torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
+@eager
 def _attend_groups(qkv: Tensor, layout: Packed, heads: int) -> Tensor:
     rows = qkv.split([count * length for count, length in layout.groups])
     parts = [
@@ -198,7 +200,7 @@ def _attend_groups(qkv: Tensor, layout: Packed, heads: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@torch.compiler.disable()  # pyright: ignore[reportUntypedFunctionDecorator]
+@eager
 def _attend_pooled_groups(q_SD: Tensor, kv: Tensor, layout: Packed, heads: int) -> Tensor:
     queries = q_SD.split([count for count, _ in layout.groups])
     rows = kv.split([count * length for count, length in layout.groups])
