@@ -144,14 +144,20 @@ class SigmoidLoss(_PairLoss):
 def _logit_tiles(
     image_nE: Tensor, text_mE: Tensor, scale: Tensor
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and logits [R, C] of every tile: as square as the shape allows."""
+    """Rows, columns and logits [R, C] of every tile: as square as the shape allows.
+
+    The logits are good until the next tile, which takes their place in memory.
+    """
     budget = GPU_TILE_BYTES if image_nE.is_cuda else CPU_TILE_BYTES
     logits = budget // image_nE.element_size()
     height = min(len(image_nE), 1 << math.isqrt(logits).bit_length() - 1)
+    memory = image_nE.new_empty(min(logits, len(image_nE) * len(text_mE)))
     for rows in _spans(len(image_nE), height):
         scaled_RE = image_nE[rows] * scale
         for columns in _spans(len(text_mE), logits // height):
-            yield rows, columns, scaled_RE @ text_mE[columns].T
+            text_CE = text_mE[columns]
+            logits_RC = memory[: len(scaled_RE) * len(text_CE)].view(len(scaled_RE), len(text_CE))
+            yield rows, columns, torch.mm(scaled_RE, text_CE.T, out=logits_RC)
 
 
 def _spans(length: int, most: int) -> list[slice]:
@@ -159,6 +165,12 @@ def _spans(length: int, most: int) -> list[slice]:
     size = -(-length // -(-length // most))
     size = size if size < 64 else min(most, -(-size // 64) * 64)
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def _row_dots(a_nE: Tensor, b_nE: Tensor) -> Tensor:
+    """a_i . b_i for all rows i, in parts: their products would be another n x E."""
+    parts = zip(a_nE.split(4096), b_nE.split(4096), strict=True)
+    return torch.cat([torch.linalg.vecdot(a, b) for a, b in parts])
 
 
 def _common_shift(logits_RC: Tensor) -> Tensor | None:
@@ -200,7 +212,7 @@ class _Contrastive(torch.autograd.Function):
         columns_lse = meet_texts(form, [text_nE], nothing, add_lses, lse_to_owner)
         ctx.save_for_backward(image_nE, text_nE, scale, rows_lse, columns_lse)
         ctx.form = form
-        positives_n = torch.linalg.vecdot(image_nE, text_nE) * scale
+        positives_n = _row_dots(image_nE, text_nE) * scale
         return ((rows_lse + columns_lse) / 2 - positives_n).mean()
 
     @staticmethod
@@ -231,7 +243,7 @@ class _Contrastive(torch.autograd.Function):
             texts, nothing = [text_nE, columns_lse], torch.zeros_like(text_nE)
             d_text_nE = meet_texts(ctx.form, texts, nothing, add_gradients, sum_to_owner)
             d_text_nE.sub_(image_nE, alpha=share)
-            d_scale = torch.linalg.vecdot(d_image_nE, image_nE).sum() * grad
+            d_scale = _row_dots(d_image_nE, image_nE).sum() * grad
         factor = scale * grad
         return d_image_nE.mul_(factor), d_text_nE.mul_(factor), d_scale, None
 
@@ -269,12 +281,12 @@ class _Sigmoid(torch.autograd.Function):
         if differentiate:
             d_image_nE.sub_(text_nE)
             d_text_nE.sub_(image_nE)
-            d_scale = torch.linalg.vecdot(d_image_nE, image_nE).mean()
+            d_scale = _row_dots(d_image_nE, image_nE).mean()
             factor = scale / len(image_nE)
             d_image_nE.mul_(factor)
             d_text_nE.mul_(factor)
             ctx.save_for_backward(d_image_nE, d_text_nE, d_scale, (sigmoid_n - 1).mean())
-        positives_n = torch.linalg.vecdot(image_nE, text_nE) * scale + bias
+        positives_n = _row_dots(image_nE, text_nE) * scale + bias
         return (softplus_n - positives_n).mean()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Image bytes to model input: open_clip's transforms, at about three times its speed.
+"""Image bytes to model input: open_clip's transforms.
 
 The work is split where it is cheapest: `eval` and `train` run in loader workers and return uint8
 pixels, a quarter of the bytes of float32; `normalize` runs on the batch, on its device.

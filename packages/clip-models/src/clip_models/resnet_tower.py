@@ -129,4 +129,6 @@ class ModifiedResNet(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Nothing here: recomputing would count a batch twice in the norms' statistics."""
+        """Raises ModelError if enabled: recomputing would count a batch twice in the norms."""
+        if enable:
+            raise ModelError("a ResNet tower has no gradient checkpointing: its norms count batches")
