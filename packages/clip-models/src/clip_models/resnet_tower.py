@@ -131,4 +131,6 @@ class ModifiedResNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Raises ModelError if enabled: recomputing would count a batch twice in the norms."""
         if enable:
-            raise ModelError("a ResNet tower has no gradient checkpointing: its norms count batches")
+            raise ModelError(
+                "a ResNet tower has no gradient checkpointing: its norms count batches"
+            )
