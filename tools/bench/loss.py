@@ -3,7 +3,7 @@
 uv run tools/bench/loss.py                       32,768 pairs, and the paper's 88,064 on our side
 uv run tools/bench/loss.py --device cuda
 
-open_clip's ClipLoss takes some 20 GiB at 32,768 pairs, ours a hundredth. Extra memory is the peak
+open_clip's ClipLoss takes some 17 GiB at 32,768 pairs. Extra memory is the peak
 beyond the features, gradients of the features included. On a CPU it is the process's largest
 resident size, measured in a process of its own for each figure: what one side has used before
 would hide what the next one needs, and the allocator keeps what it has freed.
