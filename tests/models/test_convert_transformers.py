@@ -364,6 +364,10 @@ def broken_clip_model(path: Path, fault: str) -> None:
             weights["text_model.encoder.layers.0.self_attn.q_proj.weight"] = torch.ones(64, 3)
         case "layers":
             values["text_config"]["num_hidden_layers"] = 1
+        case "word":
+            values["text_config"]["hidden_size"] = "wide"
+        case "no table":
+            values["vision_config"] = [1]
         case "positions":
             values["vision_config"]["image_size"] = 64
         case "no weights":
@@ -392,6 +396,8 @@ FAULTS = {
     "surplus": "has the unexpected classifier.weight",
     "shapes": "q_proj.weight, .* do not fit together",
     "layers": "has the unexpected text_model.encoder.layers.1",
+    "word": "a value of the wrong kind",
+    "no table": "a value of the wrong kind",
     "positions": "17 positions in visual.positional_embedding, where 65 .*models resize",
     "no weights": "holds no weights; looked for model.safetensors",
     "processor": "its image processor does more or less than to resize to 32 pixels",

@@ -76,14 +76,14 @@ def read_transformers(directory: Path, name: str) -> Source:
             f"{directory / 'config.json'}: model_type {kind!r}; of transformers' models only "
             "CLIPModel ('clip') and SiglipModel ('siglip') convert"
         )
-    vision, text = (
-        # old files have both tables, and transformers then reads the first
-        defaults | (values.get(f"{tower}_config_dict") or values.get(f"{tower}_config") or {})
-        for tower, defaults in _DEFAULTS[kind].items()
-    )
     files = find_weights(directory, TRANSFORMERS_WEIGHTS)
     found = read_weights(files)[1]
     try:
+        vision, text = (
+            # old files have both tables, and transformers then reads the first
+            defaults | (values.get(f"{tower}_config_dict") or values.get(f"{tower}_config") or {})
+            for tower, defaults in _DEFAULTS[kind].items()
+        )
         if kind == "clip":
             config, preprocess = _clip_config(values, vision, text), PreprocessConfig()
             names = clip_names(vision["num_hidden_layers"], text["num_hidden_layers"])
@@ -96,6 +96,10 @@ def read_transformers(directory: Path, name: str) -> Source:
         preprocess = read_processor(directory, config.vision_cfg.image_size, preprocess)
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{directory}: config.json or the processor's has a value of the wrong kind ({error})"
+        ) from error
     own_tokenizer = kind == "siglip" or not has_clip_tokenizer(directory)
     if own_tokenizer:
         kwargs = {"clean": "canonicalize"} if kind == "siglip" else None
