@@ -9,7 +9,6 @@ the embedding.
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_models.config import VisionConfig
@@ -59,7 +58,7 @@ class VisionTransformer(nn.Module):
                 f"images of shape {tuple(images_BCHW.shape)}; "
                 f"this tower takes [B, 3, {size}, {size}]"
             )
-        x_BNW = self._embed_patches(images_BCHW)
+        x_BNW = self.conv1(images_BCHW).flatten(2).transpose(1, 2)
         batch = x_BNW.shape[0]
         class_token = self.class_embedding.to(x_BNW.dtype).expand(batch, 1, -1)
         x_BNW = torch.cat([class_token, x_BNW], dim=1)
@@ -80,15 +79,6 @@ class VisionTransformer(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """[B, 3, S, S], normalised -> [B, E]"""
         return self.features(images_BCHW) @ self.proj
-
-    def _embed_patches(self, images_BCHW: Tensor) -> Tensor:
-        """What `conv1` computes, as the one matrix product that patches without overlap allow."""
-        patch = cast(int, self.config.patch_size)
-        side = self.config.image_size // patch
-        used = side * patch  # a convolution leaves a rest at the edge out as well
-        x = images_BCHW[:, :, :used, :used].reshape(-1, 3, side, patch, side, patch)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(-1, side * side, 3 * patch * patch)
-        return F.linear(x, self.conv1.weight.flatten(1))
 
     def _drop_patches(self, x_BNW: Tensor) -> Tensor:
         """Keep the class token and a random share of the patches in training (FLIP, 2212.00794)."""
