@@ -43,6 +43,8 @@ def test_features_and_gradients_are_open_clips(
     ours = ModifiedResNet(VISION, 24)
     ours.load_state_dict(theirs.state_dict())  # strict: the names are theirs
     ours, theirs = ours.to(dtype).train(training), theirs.to(dtype).train(training)
+    if training and dtype == torch.float32:
+        tolerance *= 10  # statistics of few images carry roundings on; float64 tells the rest
     result, expected = ours(images(dtype)), theirs(images(dtype))
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
     if dtype == torch.float64:
