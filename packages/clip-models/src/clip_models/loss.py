@@ -8,6 +8,7 @@ the plain loss's. Logits are float32 under any autocast: near 100, bfloat16 logi
 # n rows of this rank, m texts met at once, E embedding, R rows and C columns of a tile
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, cast, get_args
 
@@ -39,7 +40,7 @@ GPU_TILE_BYTES = 128 << 20
 MAX_SPREAD = 80.0
 
 
-class _PairLoss(nn.Module):
+class _PairLoss(nn.Module, ABC):
     """A loss of matching rows; `distributed` as in `ContrastiveLoss`."""
 
     def __init__(self, distributed: Form = None) -> None:
@@ -82,8 +83,9 @@ class _PairLoss(nn.Module):
                 bias.to(dtype).reshape(()),
             )
 
+    @abstractmethod
     def _value(self, image_nE: Tensor, text_nE: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The loss in its own dtype, outside autocast."""
 
     def _check(self, image_nE: Tensor, text_nE: Tensor) -> None:
         if image_nE.ndim != 2 or image_nE.shape != text_nE.shape or not len(image_nE):
