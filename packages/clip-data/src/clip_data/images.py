@@ -31,6 +31,28 @@ _DAMAGED = (
 
 
 @dataclass(frozen=True)
+class ImageOptions:
+    """What becomes of an image. The defaults keep its bytes, whatever its size."""
+
+    min_image_size: int = 1
+    """Of the shorter side, in pixels; a smaller image makes a bad row."""
+    max_aspect_ratio: float | None = None
+    """Of the longer to the shorter side; a longer image makes a bad row."""
+    max_pixels: int = 100_000_000
+    """Width x height, told from the header; a larger image makes a bad row."""
+    image_size: int | None = None
+    """What to resize to, in pixels; None: not at all."""
+    resize_mode: str = "shortest"
+    """The side that becomes image_size: "shortest" or "longest"; "crop" to, or "pad" to a square."""
+    upscale: bool = False
+    """Whether smaller images are enlarged; else they are kept as they are."""
+    encode: str | None = None
+    """"jpg", "png" or "webp"; None keeps the bytes, and the format of what is resized."""
+    quality: int = 95
+    """Of JPEG and WebP."""
+
+
+@dataclass(frozen=True)
 class Picture:
     """An image that decodes: the bytes to store, the extension of their format, its pixels."""
 
@@ -60,6 +82,10 @@ def check_image(data: bytes) -> Picture:
         raise RowError("not an image", f"{len(data)} bytes of no known image format") from error
     except _DAMAGED as error:
         raise RowError("corrupt image", str(error)) from error
+
+
+def prepare_image(data: bytes, options: ImageOptions) -> Picture:
+    return check_image(data)
 
 
 def _stored(data: bytes, image: Image.Image) -> Picture:
