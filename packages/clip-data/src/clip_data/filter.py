@@ -19,72 +19,14 @@ from clip_data.selection import Selected, source_tars, write_selection
 from clip_data.sidecars import read_keys, read_table
 from clip_data.workers import run_jobs
 
-_FUNCTIONS = frozenset(
-    [
-        "->",
-        "->>",
-        "abs",
-        "ceil",
-        "ceiling",
-        "coalesce",
-        "exp",
-        "floor",
-        "glob",
-        "hex",
-        "ifnull",
-        "iif",
-        "instr",
-        "json_array_length",
-        "json_extract",
-        "json_type",
-        "json_valid",
-        "length",
-        "like",
-        "ln",
-        "log",
-        "log10",
-        "log2",
-        "lower",
-        "ltrim",
-        "max",
-        "min",
-        "mod",
-        "nullif",
-        "pow",
-        "power",
-        "replace",
-        "round",
-        "rtrim",
-        "sign",
-        "sqrt",
-        "substr",
-        "substring",
-        "trim",
-        "trunc",
-        "typeof",
-        "unicode",
-        "upper",
-    ]
-)
+_FUNCTIONS = """
+    -> ->> abs ceil ceiling coalesce exp floor glob hex ifnull iif instr json_array_length
+    json_extract json_type json_valid length like ln log log10 log2 lower ltrim max min mod nullif
+    pow power replace round rtrim sign sqrt substr substring trim trunc typeof unicode upper
+"""
 
 # Texts that stay texts: in all other columns a text that is a number, as a CSV's are, becomes one.
-_TEXTS = frozenset(
-    [
-        "key",
-        "image",
-        "url",
-        "caption",
-        "label",
-        "status",
-        "reason",
-        "detail",
-        "error_message",
-        "digest",
-        "sha256",
-        "exif",
-        "text",
-    ]
-)
+_TEXTS = "key image url caption text label status reason detail error_message digest sha256 exif"
 
 # What a double quote may stand in without opening a name, and a name in double quotes.
 _QUOTED = re.compile(
@@ -132,7 +74,7 @@ def _matching_keys(tar: UPath, where: str) -> tuple[UPath, frozenset[str]]:
     names = _distinct(table.column_names)
     with closing(sqlite3.connect(":memory:")) as database:
         try:
-            columns = (f"{_quote(n)} {'TEXT' if n.lower() in _TEXTS else 'NUMERIC'}" for n in names)
+            columns = (f"{_quote(n)} {'TEXT' if _is_text(n) else 'NUMERIC'}" for n in names)
             database.execute(f"CREATE TABLE samples ({', '.join(columns)})")
             rows = zip(
                 *(_as_sql(n, table[i].to_pylist()) for i, n in enumerate(names)), strict=True
@@ -163,7 +105,7 @@ class _Authorizer:
         allowed = (
             action == sqlite3.SQLITE_READ
             or (action == sqlite3.SQLITE_SELECT and self._selects == 1)
-            or (action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FUNCTIONS)
+            or (action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FUNCTIONS.split())
         )
         return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
@@ -189,18 +131,18 @@ def _distinct(names: list[str]) -> list[str]:
     return result
 
 
-def _as_sql(name: str, values: list[Any]) -> list[Any]:
-    """Values of a column as SQLite has them."""
-    return [
-        None if value == "" and name.lower() not in _TEXTS else _value(value) for value in values
-    ]
+def _is_text(name: str) -> bool:
+    return name.lower() in _TEXTS.split()
 
 
-def _value(value: Any) -> Any:
+def _as_sql(value: Any, is_text: bool) -> Any:
+    """A value as SQLite has it."""
+    if value is None or isinstance(value, float | bytes):
+        return value
+    if isinstance(value, str):
+        return value if value or is_text else None
     if isinstance(value, list | dict):
         return json.dumps(value, default=str)
-    if value is None or isinstance(value, float | str | bytes):
-        return value
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return int(value)
     return str(value)  # a date, a decimal, an integer of more than 64 bits

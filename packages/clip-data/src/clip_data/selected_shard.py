@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -93,14 +93,13 @@ def _link_shard(
     if known is not None and index_path(tar).exists():
         _link(index_path(tar), index_path(target))
         return known
-    with tar.open("rb") as opened:
-        file = cast(BinaryIO, opened)
+    with tar.open("rb") as file:
         members = read_members(tar, file)
-        if keys is not None and keys != {key for key, _ in members}:
+        if keys is not None and keys != frozenset(key for key, _ in members):
             raise _disagreement(tar)
         index = build_index(tar_size(file), members)
         file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     write_text(index_path(target), json.dumps(index))
     return _stats(len(members), index["tar_bytes"], sha256)
 
@@ -111,8 +110,7 @@ def _rewrite(tar: UPath, target: UPath, keys: frozenset[str]) -> ShardStats:
     if table is not None and "key" not in table.column_names:
         raise DataError(f"{tar.with_suffix('.parquet')}: no column 'key', so no way to cut it")
     samples: list[Spans] = []
-    with tar.open("rb") as opened:
-        source = cast(BinaryIO, opened)
+    with tar.open("rb") as source:
         members = [(key, spans) for key, spans in read_members(tar, source) if key in keys]
         if len(members) != len(keys):
             raise _disagreement(tar)

@@ -1,4 +1,4 @@
-"""What a shard holds: by its sidecars where there are any, whoever has written them, else by itself.
+"""What a shard holds: by its sidecars if there are any, whoever has written them, else by itself.
 
 img2dataset's shards have a parquet and stats of another shape; plain tars have nothing.
 """
@@ -8,7 +8,6 @@ import tarfile
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
@@ -28,11 +27,11 @@ def read_keys(tar: UPath, *, trust_parquet: bool = True) -> list[str]:
     if index is not None:
         keys = cast(list[str], index["keys"])
     elif table is not None and {"key", "status"} <= set(table.column_names):
-        successes = table.filter(pc.equal(table["status"], "success"))
-        keys = [str(key) for key in successes["key"].to_pylist()]
+        rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
+        keys = [str(key) for key, status in rows if status == "success"]
     else:
         with tar.open("rb") as file:
-            keys = [key for key, _ in read_members(tar, cast(BinaryIO, file))]
+            keys = [key for key, _ in read_members(tar, file)]
     if len(set(keys)) < len(keys):
         raise DataError(f"{tar}: a key is there twice; see clip-data verify, and build it again")
     return keys
@@ -59,8 +58,12 @@ def read_members(tar: UPath, file: BinaryIO) -> list[Spans]:
     ]
 
 
-def read_table(tar: UPath) -> pa.Table | None:
-    """NNNNN.parquet of NNNNN.tar, None if there is none. Raises DataError: it is damaged."""
+def read_table(tar: UPath) -> Any:
+    """NNNNN.parquet of NNNNN.tar, a pyarrow.Table; None if there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
     path = tar.with_suffix(".parquet")
     if not path.exists():
         return None

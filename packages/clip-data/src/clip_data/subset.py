@@ -147,7 +147,7 @@ def _least_shards(
             least = np.argsort(rank_samples(tar, keys, seed), kind="stable")[:left]
             keep[tar.name] = frozenset(keys[row] for row in least)
         else:
-            keep[tar.name] = None
+            keep[tar.name] = None if count else frozenset()
         left -= min(count, left)
         if not left:
             break
