@@ -48,6 +48,7 @@ def faulty(tmp_path: Path) -> Path:
         b"folder.png,a",
         b"good.png,one,too many",
         b",a",
+        b"good.png,nul \0 inside",
         b"good.png,third",
     ]
     (root / "rows.csv").write_bytes(b"\n".join([b"image,caption", *lines]))
@@ -57,9 +58,10 @@ def faulty(tmp_path: Path) -> Path:
 def test_every_fault_is_named(faulty: Path, tmp_path: Path) -> None:
     summary = build(faulty, tmp_path / "out", max_error_share=1)
     assert summary.samples == 3
-    assert summary.failed == 11
+    assert summary.failed == 12
     assert summary.reasons == {
         "caption is not UTF-8": 1,
+        "caption with a NUL": 1,
         "corrupt image": 1,
         "empty caption": 1,
         "missing file": 2,
@@ -70,7 +72,7 @@ def test_every_fault_is_named(faulty: Path, tmp_path: Path) -> None:
         "wrong number of columns": 1,
     }
     rows = pq.read_table(tmp_path / "out/00000.parquet").to_pylist()
-    assert len(rows) == 14
+    assert len(rows) == 15
     by_image = {row["image"]: row["reason"] for row in rows}
     assert by_image["truncated.jpg"] == "corrupt image"
     assert by_image["link.png"] == "path outside the source folder"
@@ -79,13 +81,23 @@ def test_every_fault_is_named(faulty: Path, tmp_path: Path) -> None:
     assert [(row["key"], row["caption"]) for row in good] == [
         ("000000000", "first"),
         ("000000004", "second"),
-        ("000000013", "third"),
+        ("000000014", "third"),
     ]
     assert verify(tmp_path / "out").faults == {}
 
 
+def test_names_that_differ_only_in_case_are_remarked(captioned: Path, tmp_path: Path) -> None:
+    (captioned / "000.PNG").write_bytes(picture(99))
+    summary = build(captioned, tmp_path / "out")
+    assert (summary.samples, summary.failed) == (11, 0)
+    assert summary.remarks == {"name differs only in case": 1}
+    rows = pq.read_table(tmp_path / "out/00000.parquet").to_pylist()
+    details = {row["image"]: row["detail"] for row in rows if row["detail"]}
+    assert details == {"000.png": "name differs only in case from 000.PNG"}
+
+
 def test_too_many_bad_rows_fail_the_build(faulty: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"of 14 rows are bad.*absent\.png: missing file; link"):
+    with pytest.raises(DataError, match=r"of 15 rows are bad.*absent\.png: missing file; link"):
         build(faulty, tmp_path / "out", max_error_share=0.5)
     assert not (tmp_path / "out/manifest.json").exists()
 

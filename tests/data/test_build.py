@@ -1,5 +1,6 @@
 """Shards are a function of source and arguments, whatever happens on the way."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import webdataset
-from clip_data import DataError, build, verify
+from clip_data import DataError, ImageOptions, build, verify
 from PIL import Image
+from upath import UPath
 
 from .conftest import Clip, contents, picture, write_captioned
 
@@ -26,6 +29,68 @@ def test_bytes_do_not_depend_on_workers_or_runs(captioned: Path, tmp_path: Path,
     one = contents(tmp_path / "one")
     assert len([name for name in one if name.endswith(".tar")]) == 4
     assert one == contents(tmp_path / "two") == contents(tmp_path / "again")
+
+
+def test_threads_of_one_shard(captioned: Path, tmp_path: Path) -> None:
+    (captioned / "003.png").write_bytes(b"broken")
+    build(captioned, tmp_path / "one", workers=1)
+    build(captioned, tmp_path / "four", workers=4)
+    assert contents(tmp_path / "one") == contents(tmp_path / "four")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [None, 2])
+def test_ray_writes_the_same_bytes(captioned: Path, tmp_path: Path, workers: int | None) -> None:
+    (captioned / "003.png").write_bytes(b"broken")
+    build(captioned, tmp_path / "local", samples_per_shard=3)
+    build(captioned, tmp_path / "ray", samples_per_shard=3, engine="ray", workers=workers)
+    assert contents(tmp_path / "local") == contents(tmp_path / "ray")
+
+
+@pytest.mark.slow
+def test_too_many_bad_rows_stop_ray(captioned: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        (captioned / f"00{number}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="of 10 rows are bad"):
+        build(captioned, tmp_path / "ray", samples_per_shard=2, engine="ray", workers=1)
+    assert not (tmp_path / "ray/manifest.json").exists()
+
+
+def test_source_and_output_may_be_urls(captioned: Path, tmp_path: Path) -> None:
+    """An in-memory file system has no links and no rename, as an object store."""
+    source, out = UPath("memory://source"), UPath("memory://out")
+    for path in captioned.iterdir():
+        (source / "deep" / path.name).write_bytes(path.read_bytes())
+    (source / "deep/000.txt").write_text("../../escape")
+    build(source, out, samples_per_shard=4)
+    (captioned / "000.txt").write_text("../../escape")
+    (tmp_path / "in").mkdir()
+    shutil.move(captioned, tmp_path / "in/deep")
+    build(tmp_path / "in", tmp_path / "local", samples_per_shard=4)
+    local = contents(tmp_path / "local")
+    assert sorted(local) == sorted(path.name for path in out.iterdir())
+    for name, data in local.items():
+        if name.endswith((".tar", ".index.json")):
+            assert (out / name).read_bytes() == data
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "00001.tar").unlink()
+    build(source, out, samples_per_shard=4)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert verify(out).faults == {}
+
+
+def test_a_split_by_hash_is_a_partition(tmp_path: Path) -> None:
+    source = write_captioned(tmp_path / "in", 60)
+    captions: list[set[str]] = []
+    for share in ((0.0, 0.8), (0.8, 1.0), (0.0, 0.4)):
+        out = tmp_path / f"out-{share}"
+        build(source, out, hash_range=share)
+        rows = pq.read_table(out / "00000.parquet", columns=["caption"]).to_pylist()
+        captions.append({row["caption"] for row in rows})
+    assert not captions[0] & captions[1]
+    assert len(captions[0] | captions[1]) == 60
+    assert captions[2] < captions[0]
+    assert 30 < len(captions[0]) < 60
 
 
 def test_webdataset_reads_the_shards(captioned: Path, tmp_path: Path) -> None:
@@ -91,12 +156,12 @@ def test_another_build_into_the_same_output_is_refused(captioned: Path, tmp_path
     build(captioned, out)
     before = contents(out)
     other = write_captioned(tmp_path / "other", 9)
-    with pytest.raises(DataError, match="built from another source or with other arguments"):
+    with pytest.raises(DataError, match="of another source, of other arguments"):
         build(other, out)
-    with pytest.raises(DataError, match="built from another source or with other arguments"):
+    with pytest.raises(DataError, match="of another source, of other arguments"):
         build(captioned, out, shuffle_seed=1)
     (captioned / "003.txt").write_text("another caption")
-    with pytest.raises(DataError, match="built from another source or with other arguments"):
+    with pytest.raises(DataError, match="of another source, of other arguments"):
         build(captioned, out)
     assert contents(out) == before
 
@@ -116,6 +181,45 @@ def test_a_lost_shard_is_built_again(captioned: Path, tmp_path: Path) -> None:
     (tmp_path / "out/00002.tar").unlink()
     build(captioned, tmp_path / "out", samples_per_shard=3)
     assert contents(tmp_path / "out") == before
+
+
+def test_retry_failed_tries_only_what_failed(captioned: Path, tmp_path: Path) -> None:
+    out, broken = tmp_path / "out", captioned / "004.png"
+    picture_4 = broken.read_bytes()
+    broken.write_bytes(b"broken")
+    assert build(captioned, out, samples_per_shard=5).failed == 1
+    broken.write_bytes(picture_4)
+    with pytest.raises(DataError, match="of another source"):
+        build(captioned, out, samples_per_shard=5)
+    for path in captioned.glob("*.png"):
+        if path != broken:  # of the same size, so that only reading tells
+            path.write_bytes(bytes(path.stat().st_size))
+    assert build(captioned, out, samples_per_shard=5, retry_failed=True).failed == 0
+    again = contents(out)
+    shutil.rmtree(captioned)
+    build(write_captioned(captioned, 10), tmp_path / "fresh", samples_per_shard=5)
+    assert again == contents(tmp_path / "fresh")
+
+
+def test_other_image_options_make_another_build(captioned: Path, tmp_path: Path) -> None:
+    build(captioned, tmp_path / "out")
+    with pytest.raises(DataError, match="of another source, of other arguments"):
+        build(captioned, tmp_path / "out", images=ImageOptions(image_size=4))
+
+
+def test_other_columns_are_kept(captioned: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image": "000.png", "caption": "a", "similarity": 0.5, "tags": ["x"], "odd": 1},
+        {"image": "001.png", "caption": "b", "similarity": 1, "tags": [], "odd": "text"},
+        {"image": "absent.png", "caption": "c", "similarity": None, "width": 7},
+    ]
+    (captioned / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(captioned / "rows.jsonl", tmp_path / "out", max_error_share=0.5)
+    table = pq.read_table(tmp_path / "out/00000.parquet").to_pylist()
+    assert [row["similarity"] for row in table] == [0.5, 1.0, None]
+    assert [row["tags"] for row in table] == [["x"], [], None]
+    assert [row["odd"] for row in table] == ["1", '"text"', None]
+    assert [row["width"] for row in table] == [12, 12, None]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +242,7 @@ def test_killed_builds_end_with_the_same_bytes(slow_source: Path, tmp_path: Path
     build(slow_source, whole, samples_per_shard=4)
     command = [Path(sys.executable).with_name("clip-data"), "build", slow_source, out]
     unfinished = 0
-    for kill_at in (0, 3, 9):  # shards done
+    for kill_at in (0, 3, 9):  # shards done; test_killed_anywhere has 20 random moments
         process = subprocess.Popen(
             [*command, "--samples-per-shard", "4", "--workers", "2"],
             stdout=subprocess.DEVNULL,
@@ -154,6 +258,55 @@ def test_killed_builds_end_with_the_same_bytes(slow_source: Path, tmp_path: Path
     build(slow_source, out, samples_per_shard=4)
     assert contents(out) == contents(whole)
     assert verify(out).faults == {}
+
+
+@pytest.mark.slow
+def test_killed_anywhere(slow_source: Path, tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    arguments = ["--samples-per-shard", "4", "--workers", "2", "--shuffle-seed", "1"]
+    command = [Path(sys.executable).with_name("clip-data"), "build", slow_source]
+    start = time.monotonic()
+    subprocess.run([*command, whole, *arguments], check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    moments, unfinished = random.Random(1), 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            [*command, out, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(0.2, 1.0) * seconds)
+        process.kill()
+        process.wait()
+        unfinished += not (out / "manifest.json").exists()
+        if (out / "manifest.json").exists():
+            shutil.rmtree(out)
+    assert unfinished >= 5
+    subprocess.run([*command, out, *arguments], check=True, capture_output=True)
+    assert contents(out) == contents(whole)
+
+
+def test_a_full_disk_loses_nothing(captioned: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in: the third shard does not fit."""
+    noise = Image.frombytes("RGB", (300, 300), random.Random(0).randbytes(300 * 300 * 3))
+    noise.save(captioned / "008.png")
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1));"
+        "from clip_data.cli import main; main()"
+    )
+    arguments = ["build", str(captioned), str(tmp_path / "out"), "--samples-per-shard", "4"]
+    command = [sys.executable, "-c", code, *arguments, "--workers", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("Error: [Errno 27] File too large")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
+        "00000.tar",
+        "00001.tar",
+    ]
+    first = (tmp_path / "out/00000.tar").stat().st_mtime_ns
+    build(captioned, tmp_path / "out", samples_per_shard=4)
+    assert (tmp_path / "out/00000.tar").stat().st_mtime_ns == first
+    assert verify(tmp_path / "out").faults == {}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

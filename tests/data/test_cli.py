@@ -21,6 +21,7 @@ def test_build_then_nothing_left_to_do(captioned: Path, tmp_path: Path, clip_dat
         "samples": 10,
         "failed": 0,
         "reasons": {},
+        "remarks": {},
         "shards": 1,
         "bytes": (out / "00000.tar").stat().st_size,
     }
@@ -83,6 +84,23 @@ def test_help_is_cheap() -> None:
 
 
 def test_public_names() -> None:
-    assert clip_data.__all__ == ["DataError", "Fault", "Report", "Summary", "build", "verify"]
+    assert clip_data.__all__ == [
+        "ColumnOptions",
+        "DataError",
+        "DedupReport",
+        "DownloadOptions",
+        "Fault",
+        "ImageOptions",
+        "Inspection",
+        "Report",
+        "Selected",
+        "Summary",
+        "build",
+        "dedup",
+        "filter_shards",
+        "inspect",
+        "subset",
+        "verify",
+    ]
     assert all(hasattr(clip_data, name) for name in clip_data.__all__)
     assert callable(clip_data.build)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from clip_data import DataError, build
+from clip_data import ColumnOptions, DataError, build
 
 from .conftest import picture, write_captioned, write_classes
 
@@ -52,7 +52,7 @@ def members(tar: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_table(table: Path, suffix: str) -> None:
     source = write_table(table / f"rows.{suffix}", RECORDS)
-    summary = build(source, table / "out", label_column="kind")
+    summary = build(source, table / "out", columns=ColumnOptions(label="kind"))
     assert (summary.samples, summary.failed, summary.shards) == (4, 0, 1)
     found = members(table / "out/00000.tar")
     assert len(found) == 4 * 4
@@ -72,13 +72,27 @@ def test_table(table: Path, suffix: str) -> None:
 def test_list_of_captions_is_one_per_line(table: Path, suffix: str) -> None:
     records = [{"path": "img/0.png", "texts": ["one", "two\nlines", " "]}]
     source = write_table(table / f"rows.{suffix}", records)
-    build(source, table / "out", image_column="path", caption_column="texts")
+    build(source, table / "out", columns=ColumnOptions("path", captions=("texts",)))
     assert members(table / "out/00000.tar")["000000000.txt"] == b"one\ntwo lines"
+
+
+def test_several_caption_columns(table: Path) -> None:
+    records = [{"image": "img/0.png", "alt": "one", "texts": ["two", ""], "title": None}]
+    source = write_table(table / "rows.jsonl", records)
+    columns = ColumnOptions(captions=("texts", "alt", "title"))
+    build(source, table / "out", columns=columns)
+    assert members(table / "out/00000.tar")["000000000.txt"] == b"two\none"
+
+
+def test_folder_of_parquet_files(table: Path) -> None:
+    for n, record in enumerate(RECORDS):
+        write_table(table / f"part-{n}.parquet", [record])
+    assert build(table, table / "out").samples == 4
 
 
 def test_table_of_labels_needs_no_captions(table: Path) -> None:
     source = write_table(table / "rows.csv", [{"image": "img/0.png", "label": "cat"}])
-    build(source, table / "out", label_column="label")
+    build(source, table / "out", columns=ColumnOptions(label="label"))
     assert set(members(table / "out/00000.tar")) == {
         f"000000000.{e}" for e in ("png", "json", "cls")
     }
@@ -86,13 +100,18 @@ def test_table_of_labels_needs_no_captions(table: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize(
-    "columns", [{"image_column": "url"}, {"caption_column": "text"}, {"label_column": "class"}]
+    "columns",
+    [
+        ColumnOptions(image="absent"),
+        ColumnOptions(url="absent"),
+        ColumnOptions(captions=("caption", "absent")),
+        ColumnOptions(label="absent"),
+    ],
 )
-def test_missing_column(table: Path, suffix: str, columns: dict[str, str]) -> None:
+def test_missing_column(table: Path, suffix: str, columns: ColumnOptions) -> None:
     source = write_table(table / f"rows.{suffix}", RECORDS)
-    (name,) = columns.values()
-    with pytest.raises(DataError, match=f"no column '{name}'; found 'image', 'caption'"):
-        build(source, table / "out", **columns)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no column 'absent'; found 'image', 'caption'"):
+        build(source, table / "out", columns=columns)
     assert not (table / "out").exists()
 
 

@@ -8,19 +8,54 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clip_data.builder import Summary, build
+    from clip_data.dedup import DedupReport, dedup
+    from clip_data.download import DownloadOptions
     from clip_data.errors import DataError
+    from clip_data.filter import filter_shards
+    from clip_data.images import ImageOptions
+    from clip_data.inspector import Inspection, inspect
+    from clip_data.selection import Selected
+    from clip_data.sources import ColumnOptions
+    from clip_data.subset import subset
     from clip_data.verifier import Fault, Report, verify
 
-__all__ = ["DataError", "Fault", "Report", "Summary", "build", "verify"]
-
 _MODULES = {
+    "ColumnOptions": "sources",
     "DataError": "errors",
+    "DedupReport": "dedup",
+    "DownloadOptions": "download",
     "Fault": "verifier",
+    "ImageOptions": "images",
+    "Inspection": "inspector",
     "Report": "verifier",
+    "Selected": "selection",
     "Summary": "builder",
     "build": "builder",
+    "dedup": "dedup",
+    "filter_shards": "filter",
+    "inspect": "inspector",
+    "subset": "subset",
     "verify": "verifier",
 }
+
+__all__ = [
+    "ColumnOptions",
+    "DataError",
+    "DedupReport",
+    "DownloadOptions",
+    "Fault",
+    "ImageOptions",
+    "Inspection",
+    "Report",
+    "Selected",
+    "Summary",
+    "build",
+    "dedup",
+    "filter_shards",
+    "inspect",
+    "subset",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import click
 from clip_data.errors import DataError
 
 PATH = click.Path(path_type=Path)
+
+Command = Callable[..., Any]
 
 
 class _Group(click.Group):
@@ -27,24 +30,135 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="clip-data")
 def main() -> None:
-    """Images and captions to WebDataset shards."""
+    """Images and captions to WebDataset shards, and what can be done with them.
+
+    Directories and files may be URLs of any kind that fsspec knows: s3://, gs://, hf://, ...
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_workers = click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]"
+)
+
+_columns = _options(
+    click.option("--image-column", help="Column of image paths.  [default: image]"),
+    click.option("--url-column", help="Column of addresses to download.  [default: url or URL]"),
+    click.option(
+        "--caption-column",
+        multiple=True,
+        help="Column of captions, one or a list; repeatable.  [default: caption, TEXT or text]",
+    ),
+    click.option("--label-column", help="Column of class names."),
+)
+
+_images = _options(
+    click.option(
+        "--image-size",
+        type=click.IntRange(min=1),
+        help="Resize larger images to this, in pixels.  [default: keep the bytes]",
+    ),
+    click.option(
+        "--resize-mode",
+        type=click.Choice(["shortest", "longest", "crop", "pad"]),
+        default="shortest",
+        show_default=True,
+        help="The side that becomes --image-size; or crop or pad to a square of it.",
+    ),
+    click.option("--upscale", is_flag=True, help="Resize smaller images too."),
+    click.option(
+        "--encode",
+        type=click.Choice(["jpg", "png", "webp"]),
+        help="Store images in this format.  [default: as they are]",
+    ),
+    click.option(
+        "--quality",
+        type=click.IntRange(1, 100),
+        default=95,
+        show_default=True,
+        help="Of JPEG and WebP.",
+    ),
+    click.option(
+        "--min-image-size",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Leave out images whose shorter side has fewer pixels.",
+    ),
+    click.option(
+        "--max-aspect-ratio",
+        type=click.FloatRange(min=1),
+        help="Leave out images that are longer than this many times their width.",
+    ),
+    click.option(
+        "--max-pixels",
+        type=click.IntRange(min=1),
+        default=100_000_000,
+        show_default=True,
+        help="Leave out images of more pixels, width x height.",
+    ),
+)
+
+_downloads = _options(
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=10.0,
+        show_default=True,
+        help="Seconds for one try of a download.",
+    ),
+    click.option(
+        "--retries",
+        type=click.IntRange(min=0),
+        default=2,
+        show_default=True,
+        help="Further tries of a download.",
+    ),
+    click.option(
+        "--connections",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        help="Downloads at a time, per process.",
+    ),
+    click.option(
+        "--per-host",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help="Downloads at a time from one host, per process.",
+    ),
+    click.option(
+        "--hash-column", help="Column of MD5, SHA-1 or SHA-256 sums that downloads must have."
+    ),
+    click.option(
+        "--ignore-robots",
+        is_flag=True,
+        help="Download what robots.txt or an X-Robots-Tag of noai or noindex forbids.",
+    ),
+)
 
 
 @main.command()
-@click.argument("source", type=PATH)
-@click.argument("output", metavar="OUT", type=PATH)
+@click.argument("source")
+@click.argument("output", metavar="OUT")
 @click.option(
     "--split",
     metavar="NAME",
     help="Write the split NAME of a labelled or retrieval set in CLIP_benchmark's layout.",
 )
-@click.option("--image-column", default="image", show_default=True, help="Column of image paths.")
-@click.option(
-    "--caption-column",
-    help="Column of captions, one or a list.  [default: caption, if there is one]",
-)
-@click.option("--label-column", help="Column of class names.")
+@_columns
+@click.option("--source-split", help="Split of a Hugging Face data set.  [default: train]")
 @click.option(
     "--classnames",
     metavar="FILE",
@@ -65,34 +179,79 @@ def main() -> None:
     help="Rows of the source per shard.",
 )
 @click.option("--shuffle-seed", type=int, help="Shuffle the rows.  [default: keep their order]")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.option(
+    "--hash-range",
+    type=(click.FloatRange(0, 1), click.FloatRange(0, 1)),
+    metavar="FROM TO",
+    default=(0.0, 1.0),
+    help="Only the rows whose image's name hashes into this part: 0 0.9 to train, 0.9 1 to test.",
+)
+@_images
+@_downloads
+@_workers
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where the workers run; ray: RAY_ADDRESS's cluster (install clip-data[ray]).",
+)
 @click.option(
     "--max-error-share",
     type=click.FloatRange(0, 1),
-    default=0.1,
-    show_default=True,
-    help="Fail if more than this share of the rows is bad.",
+    help="Fail if more than this share of the rows is bad.  [default: 0.1; of addresses 0.9]",
 )
-def build(source: Path, output: Path, **options: Any) -> None:
+@click.option("--retry-failed", is_flag=True, help="Try the failed rows of a finished build again.")
+def build(
+    source: str,
+    output: str,
+    image_column: str | None,
+    url_column: str | None,
+    caption_column: tuple[str, ...],
+    label_column: str | None,
+    **options: Any,
+) -> None:
     """Build shards in OUT from the images of SOURCE.
 
     SOURCE is a folder of images with captions beside them (KEY.txt, or KEY.json with a
-    "caption"), a folder of images per class, or a .csv, .tsv, .jsonl or .parquet file whose image
-    paths are relative to it. A killed build continues when the same command is run again.
+    "caption"), a folder of images per class, a .csv, .tsv, .jsonl or .parquet file (or a folder of
+    these last) whose image paths are relative to it or whose addresses are to be downloaded,
+    WebDataset tars, or a Hugging Face data set: a folder of save_to_disk, an .arrow or .parquet
+    file with images, or hf://datasets/OWNER/NAME. A killed build continues when the same command is
+    run again.
     """
     from clip_data.builder import build
+    from clip_data.download import DownloadOptions
+    from clip_data.images import ImageOptions
+    from clip_data.sources import ColumnOptions
 
-    click.echo(json.dumps(asdict(build(source, output, **options))))
+    columns = ColumnOptions(image_column, url_column, caption_column, label_column)
+    respect_robots = not options.pop("ignore_robots")
+    images, downloads = _take(options, ImageOptions), _take(options, DownloadOptions)
+    summary = build(
+        source,
+        output,
+        columns=columns,
+        images=ImageOptions(**images),
+        downloads=DownloadOptions(respect_robots=respect_robots, **downloads),
+        **options,
+    )
+    click.echo(json.dumps(asdict(summary)))
+
+
+def _take(options: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """Remove from the options those that are fields of a dataclass."""
+    return {name: options.pop(name) for name in list(options) if name in kind.__dataclass_fields__}
 
 
 @main.command()
-@click.argument("output", metavar="OUT", type=PATH)
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]")
+@click.argument("output", metavar="DIR")
+@_workers
 @click.pass_context
-def verify(ctx: click.Context, output: Path, workers: int | None) -> None:
-    """Read the shards in OUT again and report every fault; exit with 1 if there is any.
+def verify(ctx: click.Context, output: str, workers: int | None) -> None:
+    """Read the shards in DIR again and report every fault; exit with 1 if there is any.
 
-    OUT is a directory of shards or a labelled set with splits. What manifest and index say is
+    DIR is a directory of shards or a labelled set with splits. What manifest and index say is
     checked where they are there, so the output of other tools can be verified too.
     """
     from clip_data.verifier import verify
@@ -100,3 +259,92 @@ def verify(ctx: click.Context, output: Path, workers: int | None) -> None:
     report = verify(output, workers=workers)
     click.echo(json.dumps(asdict(report)))
     ctx.exit(1 if report.faults else 0)
+
+
+@main.command()
+@click.argument("shards", metavar="DIR")
+@click.option("--page", metavar="FILE", help="Write an HTML page with plots and pictures.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=48,
+    show_default=True,
+    help="Pictures on the page, drawn at random.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawing.")
+@_workers
+def inspect(shards: str, **options: Any) -> None:
+    """Count what the shards in DIR hold: sizes of images, lengths and words of captions."""
+    from clip_data.inspector import inspect
+
+    click.echo(json.dumps(asdict(inspect(shards, **options))))
+
+
+@main.command()
+@click.argument("shards", metavar="DIR")
+@click.argument("output", metavar="OUT")
+@click.option(
+    "--samples", type=click.IntRange(min=1), required=True, help="How many samples to keep."
+)
+@click.option(
+    "--by",
+    type=click.Choice(["sample", "shard"]),
+    default="sample",
+    show_default=True,
+    help="Choose samples; or whole shards, which is right where the rows were shuffled.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice.")
+@_workers
+def subset(shards: str, output: str, **options: Any) -> None:
+    """Write a random subset of the shards in DIR to OUT.
+
+    Subsets of one seed are nested: each smaller one is within each larger one.
+    """
+    from clip_data.subset import subset
+
+    click.echo(json.dumps(asdict(subset(shards, output, **options))))
+
+
+@main.command("filter")
+@click.argument("shards", metavar="DIR")
+@click.argument("output", metavar="OUT")
+@click.option(
+    "--where",
+    required=True,
+    metavar="EXPRESSION",
+    help="An SQL condition, such as 'similarity > 0.3 AND width >= 256'.",
+)
+@_workers
+def filter_command(shards: str, output: str, **options: Any) -> None:
+    """Write the samples of DIR that satisfy a condition to OUT.
+
+    The columns are those of the shards' Parquet files.
+    """
+    from clip_data.filter import filter_shards
+
+    click.echo(json.dumps(asdict(filter_shards(shards, output, **options))))
+
+
+@main.command()
+@click.argument("shards", metavar="DIR")
+@click.argument("output", metavar="[OUT]", required=False)
+@click.option(
+    "--against",
+    metavar="DIR",
+    multiple=True,
+    help="An evaluation set: drop what is in it; may be repeated.  [default: DIR itself]",
+)
+@click.option(
+    "--distance",
+    type=click.IntRange(0, 16),
+    default=0,
+    show_default=True,
+    help="Bits of 64 in which the perceptual hashes of duplicates may differ.",
+)
+@click.option("--report", metavar="FILE", help="Write a line for each duplicate (.jsonl).")
+@_workers
+def dedup(shards: str, output: str | None, against: tuple[str, ...], **options: Any) -> None:
+    """Find duplicate images in DIR by perceptual hash (pHash), and write the others to OUT."""
+    from clip_data.dedup import dedup
+
+    click.echo(json.dumps(asdict(dedup(shards, output, against=against, **options))))

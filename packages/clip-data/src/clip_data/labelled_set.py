@@ -4,8 +4,10 @@ classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+
+from upath import UPath
 
 from clip_data.atomic import write_text
 from clip_data.errors import DataError
@@ -17,7 +19,7 @@ DATASET_TYPE = "dataset_type.txt"
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path | UPath) -> list[str]:
     """The lines of a UTF-8 text file. A blank line is one of them: an empty name is a class.
 
     Raises:
@@ -34,14 +36,14 @@ def read_lines(path: Path) -> list[str]:
     return text.removesuffix("\n").split("\n")
 
 
-def choose_class_names(output: Path, given: Path | None, found: Iterable[str]) -> list[str]:
-    """The class names in order: as given, else those of the set that is there, else sorted.
+def choose_class_names(output: UPath, given: Path | None, found: Sequence[str]) -> list[str]:
+    """The class names in order: as given, else those of the set that is there, else as found.
 
     Raises:
         DataError: there are none, or one twice.
     """
     file = given or output / CLASS_NAMES
-    names = read_lines(file) if given or file.exists() else sorted(found)
+    names = read_lines(file) if given or file.exists() else list(found)
     if not names:
         raise DataError(f"{output}: no row of the source has a class name; expected one for each")
     name, times = Counter(names).most_common(1)[0]
@@ -50,7 +52,7 @@ def choose_class_names(output: Path, given: Path | None, found: Iterable[str]) -
     return names
 
 
-def choose_templates(output: Path, given: Path | None) -> list[str]:
+def choose_templates(output: UPath, given: Path | None) -> list[str]:
     """The prompt templates: as given, else those of the set that is there, else the usual one.
 
     Raises:
@@ -67,7 +69,7 @@ def choose_templates(output: Path, given: Path | None) -> list[str]:
 
 
 def write_set_files(
-    output: Path, class_names: list[str] | None, templates: list[str] | None
+    output: UPath, class_names: list[str] | None, templates: list[str] | None
 ) -> None:
     """Write the files of a set for classification, or for retrieval where there are no classes.
 

@@ -6,11 +6,13 @@ that is done need not be done again.
 
 import hashlib
 import json
-import os
+import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from itertools import islice
 
+from clip_data.readers import Reader
 from clip_data.samples import Row
 from clip_data.sources import Source
 
@@ -23,12 +25,14 @@ class Plan:
     samples_per_shard: int
     shuffle_seed: int | None
     """None keeps the order of the source."""
+    hash_range: tuple[float, float]
+    """The rows whose image's name hashes into this part of [0, 1)."""
+    options: str
+    """Whatever else decides what is written for a row."""
 
     def slices(self) -> Iterator[tuple[Row, ...]]:
-        """The rows of each shard, a slice in memory at a time (all of them where shuffled)."""
-        rows = self.source.rows()
-        if self.shuffle_seed is not None:
-            rows = _shuffled(list(rows), self.shuffle_seed)
+        """The rows of each shard, a slice in memory at a time."""
+        rows = self._rows() if self.shuffle_seed is None else self._shuffled.rows()
         while slice_ := tuple(islice(rows, self.samples_per_shard)):
             yield slice_
 
@@ -40,6 +44,35 @@ class Plan:
         digits = max(4, len(str(self.samples_per_shard - 1)))
         return tuple(f"{shard:05d}{row:0{digits}d}" for row in range(rows))
 
+    def _rows(self) -> Iterator[Row]:
+        low, high = self.hash_range
+        for row in self.source.rows():
+            if (low, high) == (0, 1) or low <= _hash_share(row.image) < high:
+                yield row
+
+    @cached_property
+    def _shuffled(self) -> "_Shuffled":
+        return _Shuffled(self._rows(), self.shuffle_seed or 0)
+
+
+class _Shuffled:
+    """Rows by the hash of (seed, position), sorted on disk: they may not fit into memory."""
+
+    def __init__(self, rows: Iterator[Row], seed: int) -> None:
+        self._database = sqlite3.connect("")  # a temporary file, gone when it is closed
+        self._database.execute("CREATE TABLE rows (rank BLOB, row TEXT)")
+        ranked = (
+            (hashlib.sha256(f"{seed} {position}".encode()).digest(), json.dumps(astuple(row)))
+            for position, row in enumerate(rows)
+        )
+        self._database.executemany("INSERT INTO rows VALUES (?, ?)", ranked)
+
+    def rows(self) -> Iterator[Row]:
+        for (text,) in self._database.execute("SELECT row FROM rows ORDER BY rank"):
+            image, captions, label, extra, fault, place, remark = json.loads(text)
+            lines = None if captions is None else tuple(captions)
+            yield Row(image, lines, label, extra, fault, tuple(place), remark)
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -48,18 +81,16 @@ class Survey:
     rows: int
     labels: frozenset[str]
     digests: list[str]
-    """A hash of each shard's rows and the sizes of their images."""
+    """A hash for each shard: of the `row_digest` of its rows."""
 
 
 def survey(plan: Plan) -> Survey:
     """Pass over the rows once."""
     rows, labels, digests = 0, set[str](), list[str]()
     for slice_ in plan.slices():
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(plan.options.encode())
         for row in slice_:
-            fields = [row.image, row.captions, row.label, row.extra, row.fault]
-            size = _size(os.path.join(plan.source.root, row.image))
-            digest.update(json.dumps([*fields, size], default=str).encode())
+            digest.update(row_digest(row, plan.source.reader, plan.options).encode())
             if row.label is not None:
                 labels.add(row.label)
         rows += len(slice_)
@@ -67,18 +98,14 @@ def survey(plan: Plan) -> Survey:
     return Survey(rows, frozenset(labels), digests)
 
 
-def _shuffled(rows: list[Row], seed: int) -> Iterator[Row]:
-    """By the hash of (seed, position): the same order in every version of every library."""
-
-    def rank(position: int) -> bytes:
-        return hashlib.sha256(f"{seed} {position}".encode()).digest()
-
-    return (rows[position] for position in sorted(range(len(rows)), key=rank))
+def row_digest(row: Row, reader: Reader, options: str) -> str:
+    """A hash of all that decides what is written for a row, as far as its image is known."""
+    version = None if row.fault else reader.version(row)
+    text = json.dumps([astuple(row), version, options], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _size(path: str) -> int:
-    """Bytes of a file, -1 if there is none: an image that has been replaced makes another shard."""
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return -1
+def _hash_share(name: str) -> float:
+    """A number in [0, 1) that a name always has."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

@@ -25,6 +25,8 @@ class Row:
     """Why the row is bad, where that can be told without its image."""
     place: tuple[Any, ...] = ()
     """Where the source's reader finds the image, if its name does not tell. Of JSON."""
+    remark: str | None = None
+    """What is odd about the row, though it is good."""
 
 
 @dataclass(frozen=True)

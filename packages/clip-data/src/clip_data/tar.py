@@ -99,7 +99,9 @@ def index_path(tar: UPath) -> UPath:
     return tar.with_suffix(".index.json")
 
 
-def build_index(tar_bytes: int, samples: Iterable[tuple[str, Mapping[str, Span]]]) -> dict[str, Any]:
+def build_index(
+    tar_bytes: int, samples: Iterable[tuple[str, Mapping[str, Span]]]
+) -> dict[str, Any]:
     """The contents of NNNNN.index.json: `keys`, and for each extension a list parallel to them."""
     keys: list[str] = []
     members: dict[str, list[Span | None]] = {}

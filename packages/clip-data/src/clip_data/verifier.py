@@ -7,21 +7,23 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
+from upath import UPath
 
 from clip_data.builder import MANIFEST, MARKER, SIZES
 from clip_data.errors import DataError, RowError
-from clip_data.images import check_image
+from clip_data.images import ImageOptions, prepare_image
 from clip_data.labelled_set import CLASS_NAMES, read_lines
-from clip_data.shards import Span, build_index, index_path
+from clip_data.tar import IMAGES, Spans, build_index, index_path, read_samples, read_span, tar_size
 from clip_data.workers import run_jobs
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "npy")  # CLIP_benchmark's sets with several labels per image have .npy
 LISTED_FAULTS = 100
 
@@ -53,7 +55,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Job:
-    tar: Path
+    tar: UPath
     classes: int | None
     """How many; None where the shard is of no labelled set."""
 
@@ -62,21 +64,22 @@ class _Job:
 class _Shard:
     """What reading one tar has told."""
 
-    tar: Path
+    tar: UPath
     sha256: str = ""
-    keys: list[str] = field(default_factory=list[str])
+    key_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     faults: list[Fault] = field(default_factory=list[Fault])
 
     def add(self, fault: str, key: str | None = None, detail: str = "") -> None:
         self.faults.append(Fault(fault, str(self.tar), key, detail))
 
 
-def verify(output: Path, *, workers: int | None = None) -> Report:
+def verify(output: str | Path | UPath, *, workers: int | None = None) -> Report:
     """Read every shard of a directory, or of all splits of a labelled set, and report each fault.
 
     Raises:
         DataError: there are no shards.
     """
+    output = UPath(output)
     splits = sorted(path.parent for path in output.glob("*/nshards.txt"))
     folders = ([output] if any(output.glob("*.tar")) else []) + splits
     if not folders:
@@ -93,7 +96,7 @@ def verify(output: Path, *, workers: int | None = None) -> Report:
     return Report(
         output=str(output),
         shards=len(shards),
-        samples=sum(len(shard.keys) for shard in shards),
+        samples=sum(len(shard.key_hashes) for shard in shards),
         faults=dict(sorted(Counter(fault.fault for fault in faults).items())),
         first=faults[:LISTED_FAULTS],
     )
@@ -104,58 +107,38 @@ def verify(output: Path, *, workers: int | None = None) -> Report:
 
 def _read_shard(job: _Job) -> _Shard:
     shard = _Shard(job.tar)
-    samples: list[tuple[str, dict[str, Span]]] = []
+    samples: list[Spans] = []
     with job.tar.open("rb") as file:
-        shard.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        shard.sha256 = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
         try:
-            for key, spans in _samples(file):
+            for key, spans in read_samples(file):
                 samples.append((key, spans))
                 _check_sample(shard, key, spans, file, job.classes)
         except tarfile.TarError as error:
             shard.add("tar truncated or damaged", detail=str(error))
-        tar_bytes = file.seek(0, os.SEEK_END)
-    shard.keys = [key for key, _ in samples]
+        tar_bytes = tar_size(file)
+    shard.key_hashes = np.array([_key_hash(key) for key, _ in samples], np.uint64)
     index = index_path(job.tar)
     if index.exists() and _read_json(index) != build_index(tar_bytes, samples):
         shard.add("index differs from tar", detail=index.name)
     return shard
 
 
-def _samples(file: BinaryIO) -> Iterator[tuple[str, dict[str, Span]]]:
-    """(key, where each member's data lies) of each run of members of one key, as readers see it."""
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        members = ((*_split_name(m.name), [m.offset_data, m.size]) for m in tar if m.isfile())
-        for key, run in groupby(members, key=lambda member: member[0]):
-            yield key, {extension: span for _, extension, span in run}
-        end = tar.offset
-    file.seek(end)
-    if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"no end-of-archive marker at byte {end}")
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the file name."""
-    folder, slash, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
 def _check_sample(
-    shard: _Shard, key: str, spans: dict[str, Span], file: BinaryIO, classes: int | None
+    shard: _Shard, key: str, spans: dict[str, list[int]], file: BinaryIO, classes: int | None
 ) -> None:
     def read(extension: str) -> bytes:
-        offset, size = spans[extension]
-        file.seek(offset)
-        return file.read(size)
+        return read_span(file, spans[extension])
 
+    if key.startswith("/") or ".." in key.split("/"):
+        shard.add("unsafe name in tar", key)
     pictures = [extension for extension in spans if extension in IMAGES]
     labelled = any(extension in spans for extension in LABELS)
     if not pictures:
         shard.add("no image", key)
     for extension in pictures:
         try:
-            check_image(read(extension))
+            prepare_image(read(extension), ImageOptions())
         except RowError as error:
             shard.add("undecodable image", key, f"{error.reason}: {error.detail}")
     if classes is not None and not labelled:
@@ -181,16 +164,10 @@ def _check_caption(shard: _Shard, key: str, data: bytes) -> None:
 # The files beside the shards ----------------------------------------------------------------------
 
 
-def _check_folder(folder: Path, shards: list[_Shard]) -> Iterator[Fault]:
+def _check_folder(folder: UPath, shards: list[_Shard]) -> Iterator[Fault]:
     """Faults that show only when all shards of a folder are seen together."""
     found = {shard.tar.name: shard for shard in shards}
-    first_shard: dict[str, str] = {}
-    for name, shard in found.items():
-        for key in shard.keys:
-            if key in first_shard:
-                yield Fault("duplicate key", str(shard.tar), key, f"also in {first_shard[key]}")
-            first_shard.setdefault(key, name)
-
+    yield from _duplicate_keys(shards)
     expected = _counted_shards(folder)
     manifest = _read_json(folder / MANIFEST)
     if manifest is None and (folder / MARKER).exists():
@@ -206,12 +183,39 @@ def _check_folder(folder: Path, shards: list[_Shard]) -> Iterator[Fault]:
         yield Fault("missing shard", str(folder / name))
     sizes = _read_json(folder / SIZES)
     for name, count in (sizes or {}).items():
-        if name in found and count != len(found[name].keys):
-            detail = f"{len(found[name].keys)} samples, {SIZES} says {count}"
+        if name in found and count != len(found[name].key_hashes):
+            detail = f"{len(found[name].key_hashes)} samples, {SIZES} says {count}"
             yield Fault("wrong count", str(folder / name), detail=detail)
 
 
-def _counted_shards(folder: Path) -> set[str]:
+def _duplicate_keys(shards: list[_Shard]) -> Iterator[Fault]:
+    """Keys are remembered as numbers: those of 400 million samples do not fit into memory."""
+    if not shards:
+        return
+    hashes = np.concatenate([shard.key_hashes for shard in shards])
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = values[counts > 1]
+    first_shard: dict[str, str] = {}
+    for shard in shards:
+        if not np.isin(shard.key_hashes, suspects).any():
+            continue
+        for key in _keys(shard.tar):
+            if key in first_shard:
+                yield Fault("duplicate key", str(shard.tar), key, f"also in {first_shard[key]}")
+            first_shard.setdefault(key, shard.tar.name)
+
+
+def _keys(tar: UPath) -> Iterator[str]:
+    with tar.open("rb") as file, suppress(tarfile.TarError):
+        for key, _ in read_samples(file):
+            yield key
+
+
+def _key_hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest())
+
+
+def _counted_shards(folder: UPath) -> set[str]:
     """The shards that nshards.txt promises, if there is one."""
     path = folder / "nshards.txt"
     if not path.exists():
@@ -226,14 +230,14 @@ def _check_entry(shard: _Shard, entry: dict[str, Any]) -> Iterator[Fault]:
     """One tar against its line in the manifest, which promises an index too."""
     if shard.sha256 != entry["sha256"]:
         yield Fault("sha256 differs", str(shard.tar), detail=f"{MANIFEST} says {entry['sha256']}")
-    if len(shard.keys) != entry["samples"]:
-        detail = f"{len(shard.keys)} samples, {MANIFEST} says {entry['samples']}"
+    if len(shard.key_hashes) != entry["samples"]:
+        detail = f"{len(shard.key_hashes)} samples, {MANIFEST} says {entry['samples']}"
         yield Fault("wrong count", str(shard.tar), detail=detail)
     if not index_path(shard.tar).exists():
         yield Fault("missing index", str(index_path(shard.tar)))
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: UPath) -> dict[str, Any] | None:
     """A sidecar's contents, None if there is none. Raises DataError: it is damaged."""
     if not path.exists():
         return None
