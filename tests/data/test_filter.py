@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +140,7 @@ def test_other_file_systems(tmp_path: Path) -> None:
         ("(SELECT 1 FROM sqlite_master)", "not authorized"),
         ("width > (SELECT avg(width) FROM samples)", "not authorized"),
         ("EXISTS (SELECT 1)", "not authorized"),
-        ("1) UNION SELECT (key", "not authorized"),
+        ("1) UNION SELECT key FROM samples WHERE (1", "not authorized"),
         (
             "1 IN (WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) SELECT x FROM n)",
             "not authorized",
@@ -150,7 +149,7 @@ def test_other_file_systems(tmp_path: Path) -> None:
         ("1) AND (ATTACH 'x.db' AS x", "syntax error"),
         ("PRAGMA writable_schema = 1", "syntax error"),
         ("1 IN pragma_table_list", "not authorized"),
-        ("sum(width) > 1", "misuse of aggregate"),
+        ("sum(width) > 1", "not authorized to use function: sum"),
         ("width = ?", "Incorrect number of bindings"),
         ("width = '\0'", "null character"),
         ("NSFW = '\udcff'", "surrogates not allowed"),
@@ -163,7 +162,7 @@ def test_mischief_and_mistakes(
     monkeypatch.chdir(tmp_path)
     source = write_shards(tmp_path / "in", (5,))
     before = contents(tmp_path)
-    with pytest.raises(DataError, match=rf"(?s)00000\.parquet: .*{message}"):
+    with pytest.raises(DataError, match=rf"(?is)00000\.parquet: .*{message}"):
         filter_shards(source, UPath(tmp_path / "out"), where=where)
     assert contents(tmp_path) == before
     assert not (tmp_path / "out").exists()
@@ -198,7 +197,6 @@ def test_rows_that_are_not_of_the_tar(tmp_path: Path) -> None:
 
 def test_values_of_every_kind(tmp_path: Path) -> None:
     source = write_shards(tmp_path / "in", (1,), "plain")
-    shutil.rmtree(source / "none", ignore_errors=True)
     columns = {
         "key": pa.array([row(0, 0)["key"]]),
         "big": pa.array([2**64 - 1], pa.uint64()),

@@ -76,11 +76,12 @@ def _matching_keys(tar: UPath, where: str) -> tuple[UPath, frozenset[str]]:
         try:
             columns = (f"{_quote(n)} {'TEXT' if _is_text(n) else 'NUMERIC'}" for n in names)
             database.execute(f"CREATE TABLE samples ({', '.join(columns)})")
-            rows = zip(
-                *(_as_sql(n, table[i].to_pylist()) for i, n in enumerate(names)), strict=True
+            values = (
+                [_as_sql(value, _is_text(name)) for value in column.to_pylist()]
+                for name, column in zip(names, table.columns, strict=True)
             )
-            places = ", ".join("?" * len(names))
-            database.executemany(f"INSERT INTO samples VALUES ({places})", rows)
+            insert = f"INSERT INTO samples VALUES ({', '.join('?' * len(names))})"
+            database.executemany(insert, zip(*values, strict=True))
             database.set_authorizer(_Authorizer())
             expression = _QUOTED.sub(_never_a_text, where)
             found = database.execute(f"SELECT key FROM samples WHERE (\n{expression}\n)")

@@ -28,7 +28,7 @@ def read_keys(tar: UPath, *, trust_parquet: bool = True) -> list[str]:
         keys = cast(list[str], index["keys"])
     elif table is not None and {"key", "status"} <= set(table.column_names):
         rows = zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True)
-        keys = [str(key) for key, status in rows if status == "success"]
+        keys = list(dict.fromkeys(str(key) for key, status in rows if status == "success"))
     else:
         with tar.open("rb") as file:
             keys = [key for key, _ in read_members(tar, file)]
