@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class UrlReader:
 
     options: DownloadOptions
 
-    def images(self, rows: Sequence[Row]) -> Iterator[Callable[[], bytes]]:
+    def images(self, rows: Sequence[Row]) -> Generator[Callable[[], bytes]]:
         """See `Reader`. Close the iterator to stop early: it cancels what is under way."""
         waiting: deque[Callable[[], bytes]] = deque()
         with _loop_in_thread() as loop:
