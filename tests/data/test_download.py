@@ -1,5 +1,6 @@
 """Downloads from a server of our own, which misbehaves in every way it is asked to."""
 
+import gc
 import gzip
 import hashlib
 import logging
@@ -9,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -404,7 +405,11 @@ def test_stopped_half_way(server: Server) -> None:
     started = time.monotonic()
     with closing(UrlReader(DownloadOptions(respect_robots=False)).images(rows)) as reads:
         assert next(reads)() == BODY
+        late = [next(reads), next(reads)][1]
     assert time.monotonic() - started < 0.7
+    with pytest.raises(CancelledError):
+        late()
+    gc.collect()  # asyncio complains of tasks that are destroyed
 
 
 def test_a_bug_is_no_bad_row(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
