@@ -10,10 +10,13 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
+from fits import fit_points
 from law import laws
 from PIL import Image
 from plots import plot
 from points import read_points
+from scaling import main
 from settings import Settings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -39,8 +42,6 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 
 
 def test_every_command_and_option_has_help() -> None:
-    from scaling import main
-
     assert set(main.commands) == {
         "fit",
         "predict",
@@ -172,24 +173,29 @@ def test_frontier_and_profile(run: Run, published: Path, tmp_path: Path) -> None
     ],
 )
 def test_expected_failures_are_one_line(
-    run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     shutil.copy(DATACOMP, tmp_path)
     (tmp_path / "bad.csv").write_text("model,samples_seen,in\nViT-B-32,1e9,77\n")
     (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "timm.json").write_text(
-        json.dumps({"embed_dim": 1, "vision_cfg": {"timm_model_name": "x"}, "text_cfg": {}})
-    )
-    if "fit.json" in arguments:
-        run("fit", DATACOMP, "--bootstrap", 0, "--points", "all", "--json", "fit.json")
-    result = run(*arguments)
-    assert result.returncode == 1
+    config = {"embed_dim": 1, "vision_cfg": {"timm_model_name": "x"}, "text_cfg": {}}
+    (tmp_path / "timm.json").write_text(json.dumps(config))
+    fitted = fit_points(read_points(DATACOMP), Settings(points="all", bootstrap=0))
+    (tmp_path / "fit.json").write_text(json.dumps(fitted))
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
 
 
-def test_usage_errors_exit_2(run: Run) -> None:
-    assert run("fit", DATACOMP, "--bins", 2).returncode == 2
-    assert run("predict", "x.json", "--samples", 1, "--model", "a").returncode in (1, 2)
-    assert run("plots").returncode == 2
+def test_usage_errors_exit_2() -> None:
+    for arguments in (
+        ("fit", str(DATACOMP), "--bins", "2"),
+        ("predict", "fit.json"),
+        ("predict", "fit.json", "--samples", "1"),
+        ("plots",),
+    ):
+        assert CliRunner().invoke(main, arguments).exit_code == 2

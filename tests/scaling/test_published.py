@@ -104,8 +104,10 @@ def test_the_two_largest_runs_are_foretold(published: Path) -> None:
 
 def test_three_openai_runs_allow_no_verdict(published: Path) -> None:
     points = read_points(published / "zero_shot.csv", ["imagenet1k"], percent=True)
-    openai = next(law for law in laws(points, Settings(points="all")) if law.group == "openai")
+    openai = next(law for law in laws(points, Settings(points="binned")) if law.group == "openai")
     about = describe(openai)
+    assert about["rule"] == "all"  # no bins for three runs
+    assert about["exponent"] == pytest.approx(-0.1638, abs=0.0005)
     assert about["interval_95"] is None
     assert about["verdict"] not in (NO_LAW, "power law")
 
@@ -131,7 +133,7 @@ def test_a_figure_that_was_tampered_with_is_noticed(
     rows = list(csv.reader(file.open()))
     row = rows[1 if place == 0 else -1]
     column = {"predictions.csv": 3}.get(table, 4 if place == 0 else len(row) - 1)
-    row[column] = f"{float(row[column]) * 0.99:.4f}"
+    row[column] = f"{float(row[column]) * 0.9:.4f}"
     with file.open("w", newline="") as out:
         csv.writer(out).writerows(rows)
     result = run("check", "--tables", tmp_path / "tables")

@@ -42,7 +42,7 @@ def describe(law: Law) -> dict[str, Any]:
         "prefactor": None if law.line is None else 10 ** law.line[0],
         "exponent": None if law.line is None else law.line[1],
         "interval_95": None,
-        "rule": law.settings.points,
+        "rule": law.rule,
         "runs": len(law.points),
     }
     if law.replicates is not None:

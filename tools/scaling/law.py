@@ -69,11 +69,11 @@ def least_squares(
 def interval(values: Floats, runs: int) -> tuple[float, float]:
     """The 95% interval of resampled values: percentiles, wider where runs are few.
 
-    A resampling of n runs scatters less than new runs would, by sqrt(n / (n - 2)) for a line,
-    and few runs have the tails of Student's t. The percentiles are taken so far out that a normal
-    estimate would be covered in 95% (Hesterberg 2015, "expanded percentile interval").
+    A resampling of n runs scatters less than new runs would, by sqrt(n / (n - 1)), and few runs
+    have the tails of Student's t. The percentiles are taken that much further out: Hesterberg
+    2015, "What teachers should know about the bootstrap", expanded percentile interval.
     """
-    tail = float(ndtr(-np.sqrt(runs / (runs - 2)) * stdtrit(runs - 2, 0.975)))
+    tail = float(ndtr(-np.sqrt(runs / (runs - 1)) * stdtrit(runs - 1, 0.975)))
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -99,8 +99,13 @@ class Law:
 
     def select(self, x_BR: Floats, y_BR: Floats) -> tuple[Floats, Floats, NDArray[np.intp]]:
         """The points that carry the law, by this law's rule."""
-        s = self.settings
-        return select(x_BR, y_BR, s.points, s.bins, s.edge)
+        return select(x_BR, y_BR, self.rule, self.settings.bins, self.settings.edge)
+
+    @property
+    def rule(self) -> str:
+        """How points are chosen; no more runs than bins are all taken, as the paper does."""
+        few = self.settings.points == "binned" and len(self.points) <= self.settings.bins
+        return "all" if few else self.settings.points
 
     @cached_property
     def chosen(self) -> tuple[Floats, Floats, list[int]]:
@@ -128,7 +133,7 @@ class Law:
         twentieth of the resamplings leave fewer than three points.
         """
         s = self.settings
-        runs, rule = len(self.points), rule or s.points
+        runs, rule = len(self.points), rule or self.rule
         points = runs if rule == "all" else len(self.chosen[2])
         if not s.bootstrap or min(runs, points) < LEAST_RUNS:
             return None

@@ -18,8 +18,9 @@ from points import Point, matches
 
 MARKERS = "osD^vP*Xph"
 LINES = ("#222222", "#c0392b", "#2471a3", "#7d6608", "#6c3483")
-FAINT = 0.25
+FAINT = 0.4
 AHEAD = 0.6  # decades that a line is drawn beyond the runs
+HEADINGS = ("Model", "Data", "Samples seen")
 TICKS = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10)
 
 
@@ -64,9 +65,12 @@ def _figure(panels: dict[str, list[Law]]) -> Figure:
         _panel(ax, quantity, laws, look)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    figure.legend(
+    legend = figure.legend(
         handles=look.legend(), loc="outside right upper", frameon=False, handletextpad=0.6
     )
+    for text in legend.get_texts():
+        if text.get_text() in HEADINGS:
+            text.set_fontweight("bold")
     return figure
 
 
@@ -76,7 +80,7 @@ class _Look:
     def __init__(self, runs: Sequence[Point]) -> None:
         models = {p.model: p.gmacs for p in runs}
         order = sorted(models, key=lambda model: (models[model], model))
-        colours = mpl.colormaps["viridis"](np.linspace(0.08, 0.92, max(len(order), 2)))
+        colours = mpl.colormaps["viridis"](np.linspace(0.05, 0.88, max(len(order), 2)))
         self.colours = {m: mpl.colors.to_hex(c) for m, c in zip(order, colours, strict=False)}
         data = list(dict.fromkeys(p.data for p in runs))
         self.markers = {d: MARKERS[i % len(MARKERS)] for i, d in enumerate(data)}

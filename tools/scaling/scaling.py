@@ -121,9 +121,9 @@ def predict(
     """
     from fits import gmacs_of, predict, read_fits
 
-    fitted = read_fits(fits)
     if (model is None) == (gmacs is None):
         raise click.UsageError("give either --model or --gmacs")
+    fitted = read_fits(fits)
     pair = gmacs if gmacs is not None else gmacs_of(fitted, str(model))
     for said in predict(fitted, pair * samples, metric):
         click.echo(json.dumps({"model": model, "samples_seen": samples, "gmacs": pair, **said}))
