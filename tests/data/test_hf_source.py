@@ -165,11 +165,12 @@ def test_parquet_of_others(tmp_path: Path, kind: Any) -> None:
     assert read(open_hf(path, None)) == [
         ({"jpg": f"row {n}", "url": "abc"[n]}, picture(n)) for n in range(3)
     ]
-    with pytest.raises(DataError, match="no column 'url' of images; found url .*string.*, jpg"):
+    with pytest.raises(DataError, match=r"no column 'url' of images; found url .*string.*, jpg"):
         open_hf(path, None, "url")
 
 
-def test_remote_parquet() -> None:
+def test_remote_parquet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # forbids any remote file
     path = UPath("memory://hf-source/some.parquet")
     path.parent.mkdir(parents=True)
     with path.open("wb") as file:
@@ -239,10 +240,49 @@ def test_damaged_archive(tmp_path: Path) -> None:
     opened = open_hf(UPath(tmp_path / "saved"), None)
     (file,) = (tmp_path / "saved").glob("*.arrow")
     file.write_bytes(file.read_bytes()[:3000])
-    with pytest.raises(DataError, match="damaged Arrow file"):
+    with pytest.raises(DataError, match=r"damaged Arrow file"):
         list(opened.records())
-    with pytest.raises(DataError, match="saved: .* cannot open it"):
+    with pytest.raises(DataError, match=r"saved: .* cannot open it"):
         open_hf(UPath(tmp_path / "saved"), None)
     (tmp_path / "saved/state.json").write_text("{}")
-    with pytest.raises(DataError, match="saved: .* cannot open it"):
+    with pytest.raises(DataError, match=r"saved: .* cannot open it"):
         open_hf(UPath(tmp_path / "saved"), None)
+
+
+def test_hub_offline(tmp_path: Path, cache: Path) -> None:
+    data_set().to_parquet(tmp_path / "some.parquet")
+    (made,) = {
+        Path(file["filename"]).parent
+        for file in datasets.load_dataset("parquet", data_files=str(tmp_path / "some.parquet"))[
+            "train"
+        ].cache_files
+    }
+    info = json.loads((made / "dataset_info.json").read_text())
+    info.update(config_name="default", dataset_name="name")
+    (made / "dataset_info.json").write_text(json.dumps(info))
+    (made / "parquet-train.arrow").rename(made / "name-train.arrow")
+    hub = cache / "owner___name/default/0.0.0"
+    hub.mkdir(parents=True)
+    made.rename(hub / "0123")
+    # in a process of its own: the flags are read where the libraries are imported
+    code = """if True:
+        import json, sys
+        from clip_data.errors import DataError
+        from clip_data.hf_source import is_hf, open_hf
+        assert is_hf("hf://datasets/owner/name")
+        opened = open_hf("hf://datasets/owner/name", "train")
+        texts = [record["text"] for record in opened.records()]
+        try:
+            open_hf("hf://datasets/owner/other", None)
+        except DataError as error:
+            print(json.dumps([texts, str(error)]))
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    texts, error = json.loads(done.stdout)  # and nothing else there
+    assert texts == [f"picture {n}" for n in range(8)]
+    assert error.startswith("hf://datasets/owner/other: `datasets` cannot open it: ")
+    assert "\n" not in error

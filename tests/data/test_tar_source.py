@@ -135,7 +135,7 @@ def test_a_set_of_several_splits_is_not_one_source(tmp_path: Path) -> None:
         write_tar(UPath(tmp_path / split / "0.tar"), captioned([1]))
     with pytest.raises(DataError, match=r"found the splits .*/test, .*/train; give one"):
         open_tars(UPath(tmp_path))
-    with pytest.raises(DataError, match="no tars; expected a .tar file"):
+    with pytest.raises(DataError, match=r"no tars; expected a \.tar file"):
         open_tars(UPath(tmp_path / "nothing"))
     assert not is_tars(UPath(tmp_path / "nothing"))
 

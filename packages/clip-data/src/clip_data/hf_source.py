@@ -6,6 +6,7 @@ megabytes for each; in Arrow an image is a slice of a file. Rows and images are 
 Arrow files directly: workers need not import `datasets`, and memory does not grow with the rows.
 """
 
+import glob
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from upath import UPath
 
@@ -27,6 +28,8 @@ from clip_data.readers import FileReader, read_inside
 from clip_data.samples import Row
 
 log = logging.getLogger(__name__)
+
+_compute: Any = pyarrow.compute  # which makes its functions when it is imported
 
 _HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:#(.+))?")
 _SAVED = ("state.json", "dataset_dict.json")
@@ -98,29 +101,33 @@ def _load(source: str | UPath) -> tuple[Any, tuple[str, ...]]:
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    load: Any = datasets.load_dataset
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     hub = _HUB.fullmatch(str(source))
     if hub is not None:
         folders = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-        found = datasets.load_dataset(f"hf://datasets/{hub[1]}", hub[2], keep_in_memory=False)
+        found = load(f"hf://datasets/{hub[1]}", hub[2], keep_in_memory=False)
         return found, tuple(map(str, folders))
     path = UPath(source)
     if files := _parquet_files(path):
-        options = {"storage_options": dict(path.storage_options)} if path.storage_options else {}
-        where = {"data_dir": str(path)} if path.is_dir() else {"data_files": str(files[0])}
-        found = datasets.load_dataset("parquet", **where, **options, keep_in_memory=False)
+        name = str(files[0])
+        where = {"data_files": glob.escape(name) if isinstance(path, Path) else name}
+        if path.is_dir():
+            where = {"data_dir": str(path)}
+        options = dict(path.storage_options) or None
+        found = load("parquet", **where, storage_options=options, keep_in_memory=False)
     elif not isinstance(path, Path):
         raise DataError(f"{source}: Arrow files are read where they are; copy it to this machine")
     elif path.suffix.lower() == ".arrow":
         found = datasets.Dataset.from_file(str(path))
     else:
         found = datasets.load_from_disk(str(path), keep_in_memory=False)
-    return found, (os.path.realpath(path if path.is_dir() else path.parent),)
+    return found, (os.path.realpath(str(path if path.is_dir() else path.parent)),)
 
 
 def _parquet_files(path: UPath) -> list[UPath]:
-    """The file itself, or those in a folder, or in `data`, where repositories of the hub put them."""
+    """The file itself, or those in a folder, or in its `data`, as in repositories of the hub."""
     if path.suffix.lower() == ".parquet" and path.is_file():
         return [path]
     return sorted(path.glob("*.parquet"), key=str) or sorted(path.glob("data/*.parquet"), key=str)
@@ -184,21 +191,21 @@ def _records(
         first += row
 
 
-def _batches(file: str) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(file) as mapped, pa.ipc.open_stream(mapped) as stream:
+def _batches(file: str) -> Iterator[Any]:
+    with pa.memory_map(file) as mapped, pa.i_compute.open_stream(mapped) as stream:
         for batch in stream:
             for start in range(0, len(batch), _BATCH):
                 yield batch.slice(start, _BATCH)
 
 
-def _about_images(column: pa.Array) -> tuple[list[str | None], list[int]]:
+def _about_images(column: Any) -> tuple[list[str | None], list[int]]:
     """The paths of the images, and how many bytes each has (-1: none); of the bytes nothing."""
     paths, data = pa.nulls(len(column)), column
     if pa.types.is_struct(column.type):
         fields = {field.name for field in column.type}
-        data = pc.struct_field(column, "bytes")
-        paths = pc.struct_field(column, "path") if "path" in fields else paths
-    return paths.to_pylist(), pc.fill_null(pc.binary_length(data), -1).to_pylist()
+        data = _compute.struct_field(column, "bytes")
+        paths = _compute.struct_field(column, "path") if "path" in fields else paths
+    return paths.to_pylist(), _compute.fill_null(_compute.binary_length(data), -1).to_pylist()
 
 
 def _class_name(value: int | None, names: list[str]) -> str | None:
@@ -228,11 +235,11 @@ class ArrowReader:
         """Bytes of the image: a fingerprint of `datasets` changes with the folder and the clock."""
         return row.place[2] if row.place[2] >= 0 else FileReader(UPath(self.roots[0])).version(row)
 
-    def _open(self, number: int) -> pa.ChunkedArray:
-        stream = pa.ipc.open_stream(pa.memory_map(self.files[number]))
+    def _open(self, number: int) -> Any:
+        stream = pa.i_compute.open_stream(pa.memory_map(self.files[number]))
         return stream.read_all().column(self.column)
 
-    def _read(self, opened: Callable[[int], pa.ChunkedArray], row: Row) -> bytes:
+    def _read(self, opened: Callable[[int], Any], row: Row) -> bytes:
         number, at, _ = row.place
         value = opened(number)[at].as_py()
         data, path = value, None

@@ -154,7 +154,7 @@ class TarReader:
         return row.place[2]
 
     def _open(self, tar: str) -> BinaryIO:
-        return Path(self.folder / tar).open("rb", buffering=0)  # closed when it is dropped
+        return Path(str(self.folder / tar)).open("rb", buffering=0)  # closed when it is dropped
 
     def _read(self, opened: Callable[[str], BinaryIO], tar: str, offset: int, size: int) -> bytes:
         try:
@@ -163,7 +163,8 @@ class TarReader:
                 data = os.pread(file.fileno(), size, offset)
             else:
                 path = self.folder / tar
-                data = path.fs.cat_file(path.path, start=offset, end=offset + size)
+                fs: Any = path.fs
+                data = fs.cat_file(path.path, start=offset, end=offset + size)
         except OSError as error:
             raise RowError("unreadable file", str(error)) from error
         if len(data) < size:
