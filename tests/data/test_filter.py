@@ -134,6 +134,7 @@ def test_other_file_systems(tmp_path: Path) -> None:
         ("randomblob(1e9)", "not authorized to use function: randomblob"),
         ("zeroblob(1e9)", "not authorized to use function: zeroblob"),
         ("printf('%1000000000d', 1)", "not authorized to use function: printf"),
+        ("replace(" * 8 + "'x'" + f", 'x', '{16 * 'x'}')" * 8, "too big"),
         ("random() > 0", "not authorized to use function: random"),
         ("url < CURRENT_TIMESTAMP", "not authorized to use function: current_timestamp"),
         ("readfile('/etc/passwd') = 1", "no such function: readfile"),

@@ -28,6 +28,8 @@ _FUNCTIONS = """
 # Texts that stay texts: in all other columns a text that is a number, as a CSV's are, becomes one.
 _TEXTS = "key image url caption text label status reason detail error_message digest sha256 exif"
 
+_LONGEST = 1 << 24  # bytes of a value: replace() within replace() could fill the memory
+
 # What a double quote may stand in without opening a name, and a name in double quotes.
 _QUOTED = re.compile(
     r"'(?:[^']|'')*'|`(?:[^`]|``)*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"
@@ -82,6 +84,7 @@ def _matching_keys(tar: UPath, where: str) -> tuple[UPath, frozenset[str]]:
             )
             insert = f"INSERT INTO samples VALUES ({', '.join('?' * len(names))})"
             database.executemany(insert, zip(*values, strict=True))
+            database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST)
             database.set_authorizer(_Authorizer())
             expression = _QUOTED.sub(_never_a_text, where)
             found = database.execute(f"SELECT key FROM samples WHERE (\n{expression}\n)")

@@ -22,18 +22,9 @@ from clip_data.errors import DataError
 from clip_data.labelled_set import CLASS_NAMES, DATASET_TYPE, TEMPLATES
 from clip_data.selected_shard import Job, write_selected
 from clip_data.shards import ShardStats
-from clip_data.sidecars import read_json, read_keys, read_members, read_table
+from clip_data.sidecars import read_json
 from clip_data.tar import FORMAT
 from clip_data.workers import run_jobs
-
-__all__ = [
-    "Selected",
-    "read_keys",
-    "read_members",
-    "read_table",
-    "source_tars",
-    "write_selection",
-]
 
 log = logging.getLogger(__name__)
 
