@@ -1,6 +1,10 @@
 """Hugging Face data sets as a source, by what `datasets` itself reads."""
 
+import json
+import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any

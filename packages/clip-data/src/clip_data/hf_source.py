@@ -99,6 +99,7 @@ def open_hf(source: str | UPath, split: str | None, image_column: str | None = N
 def _load(source: str | UPath) -> tuple[Any, tuple[str, ...]]:
     """A Dataset or a DatasetDict, and the folders that paths in it may lead to."""
     import datasets
+    from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
     load: Any = datasets.load_dataset
@@ -106,7 +107,7 @@ def _load(source: str | UPath) -> tuple[Any, tuple[str, ...]]:
         datasets.disable_progress_bars()
     hub = _HUB.fullmatch(str(source))
     if hub is not None:
-        folders = (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+        folders = (HF_HUB_CACHE, HF_DATASETS_CACHE)
         found = load(f"hf://datasets/{hub[1]}", hub[2], keep_in_memory=False)
         return found, tuple(map(str, folders))
     path = UPath(source)
@@ -192,7 +193,7 @@ def _records(
 
 
 def _batches(file: str) -> Iterator[Any]:
-    with pa.memory_map(file) as mapped, pa.i_compute.open_stream(mapped) as stream:
+    with pa.memory_map(file) as mapped, pa.ipc.open_stream(mapped) as stream:
         for batch in stream:
             for start in range(0, len(batch), _BATCH):
                 yield batch.slice(start, _BATCH)
@@ -236,7 +237,7 @@ class ArrowReader:
         return row.place[2] if row.place[2] >= 0 else FileReader(UPath(self.roots[0])).version(row)
 
     def _open(self, number: int) -> Any:
-        stream = pa.i_compute.open_stream(pa.memory_map(self.files[number]))
+        stream = pa.ipc.open_stream(pa.memory_map(self.files[number]))
         return stream.read_all().column(self.column)
 
     def _read(self, opened: Callable[[int], Any], row: Row) -> bytes:
