@@ -128,7 +128,7 @@ def test_below_five_there_is_no_interval(make_runs: Make) -> None:
     about = describe(law_of(points, points="all"))
     assert about["interval_95"] is None
     assert "needs 5" in about["no_interval"]
-    assert about["verdict"] == "too few runs to say"
+    assert about["verdict"] == "too few points to say"
     # five runs, of which a frontier of four carries the law
     points += make_runs(compute[-1:] * 2, np.array([0.9]))
     assert describe(law_of(points, points="pareto"))["interval_95"] is None
@@ -190,10 +190,12 @@ def test_held_out_runs_are_predicted_from_the_others(make_runs: Make) -> None:
     points = make_runs(compute, 5 * compute**-0.1)
     wrong = replace(points[7], error=0.9)
     held = hold_out(law_of((*points[:7], wrong), points="all"), 1)
+    assert held is not None
     assert [row["run"] for row in held] == ["run 7"]
     assert held[0]["measured"] == 0.9
     assert held[0]["error"] == pytest.approx(points[7].error)
     assert held[0]["beyond"] == pytest.approx(3 / 7)
+    assert hold_out(law_of(points), 6) is None
 
 
 def test_groups_that_differ_are_told_apart(make_runs: Make) -> None:

@@ -1,6 +1,7 @@
 """The paper's laws refitted from its figures, beside what it prints."""
 
 import csv
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ def check(folder: Path) -> list[dict[str, Any]]:
     that no law depends on.
 
     Raises:
-        ScalingError: a table is missing or bad.
+        ScalingError: a table is bad.
     """
-    rows: list[dict[str, Any]] = []
+    try:
+        return list(_compare(folder))
+    except ScalingError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise ScalingError(f"{folder}: a column or figure is missing: {error}") from error
 
+
+def _compare(folder: Path) -> Iterator[dict[str, Any]]:
     @cache
     def table(name: str) -> list[Point]:
         return read_points(folder / f"{name}.csv", percent=True)
@@ -43,9 +51,9 @@ def check(folder: Path) -> list[dict[str, Any]]:
         fitted = law(row["table"], row["quantity"], row["group"], row["rule"])
         line = fitted.line or (float("nan"), float("nan"))
         name = f"{row['table']} {row['quantity']} {row['group']}"
-        rows.append(_line(f"{name}: exponent", float(row["exponent"]), line[1], EXPONENT))
+        yield _line(f"{name}: exponent", float(row["exponent"]), line[1], EXPONENT)
         printed, refitted = float(row["prefactor"]), 10 ** line[0]
-        rows.append(_line(f"{name}: prefactor", printed, refitted, PREFACTOR * printed))
+        yield _line(f"{name}: prefactor", printed, refitted, PREFACTOR * printed)
     for row in _rows(folder / "sums.csv"):
         members = [
             p
@@ -54,7 +62,7 @@ def check(folder: Path) -> list[dict[str, Any]]:
         ]
         total = sum(100 * (1 - p.error) for p in members)
         name = f"{row['table']} {row['quantity']} {row['group']}: sum of {len(members)} figures"
-        rows.append(_line(name, float(row["sum"]), total, SUM))
+        yield _line(name, float(row["sum"]), total, SUM)
     for row in _rows(folder / "predictions.csv"):
         fitted = law("zero_shot", row["quantity"], "openclip", "binned")
         gmacs = published_gmacs(row["model"])
@@ -62,8 +70,7 @@ def check(folder: Path) -> list[dict[str, Any]]:
             raise ScalingError(f"{folder / 'predictions.csv'}: unknown model {row['model']!r}")
         accuracy = 100 * (1 - at(fitted, gmacs * float(row["samples_seen"]))["error"])
         name = f"{row['quantity']} of {row['model']} at {float(row['samples_seen']):.2e}"
-        rows.append(_line(f"{name} ({row['source']})", float(row["accuracy"]), accuracy, ACCURACY))
-    return rows
+        yield _line(f"{name} ({row['source']})", float(row["accuracy"]), accuracy, ACCURACY)
 
 
 def format_check(rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from saturating import saturating
 from settings import Settings
 
 FAR = 0.5  # decades beyond the largest run from which a prediction is warned of
-LAW, NO_LAW, UNKNOWN = "power law", "no power law here", "too few runs to say"
+LAW, NO_LAW, UNKNOWN = "power law", "no power law here", "too few points to say"
 
 
 def fit_points(points: Sequence[Point], settings: Settings) -> dict[str, Any]:
@@ -90,10 +90,8 @@ def verdict(law: Law) -> tuple[str, str]:
         return NO_LAW, "the error does not fall with compute"
     every = law.resampled("all")
     if law.replicates is None or every is None:
-        return (
-            UNKNOWN,
-            f"{count} points allow no interval" if law.settings.bootstrap else "untested",
-        )
+        why = f"{count} points allow no interval" if law.settings.bootstrap else "no resampling"
+        return UNKNOWN, why
     if interval(law.replicates[1], len(law.points))[1] >= 0:
         return NO_LAW, "the exponent's interval reaches zero"
     if interval(every[1], len(law.points))[1] >= 0:
@@ -117,22 +115,16 @@ def leave_one_out(law: Law) -> dict[str, Any] | None:
     }
 
 
-def hold_out(law: Law, largest: int) -> list[dict[str, Any]]:
+def hold_out(law: Law, largest: int) -> list[dict[str, Any]] | None:
     """The `largest` runs by compute, predicted from a fit of the others.
 
-    Raises:
-        ScalingError: fewer than three distinct computes are left.
+    None where fewer than three distinct computes, or points that carry a line, are left.
     """
     order = sorted(law.points, key=lambda p: p.compute)
     kept, held = order[:-largest], order[-largest:]
-    if len({p.compute for p in kept}) < 3:
-        raise ScalingError(
-            f"{law.quantity}, {law.group}: --holdout-largest {largest} leaves {len(kept)} runs of "
-            f"{len(order)}; a law needs three distinct computes"
-        )
     inner = replace(law, points=tuple(kept))
-    if inner.line is None:
-        return []
+    if len({p.compute for p in kept}) < 3 or inner.line is None:
+        return None
     return [{"run": p.run, "measured": p.error, **at(inner, p.compute)} for p in held]
 
 

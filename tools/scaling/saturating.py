@@ -42,6 +42,7 @@ def saturating(law: Law) -> dict[str, Any]:
         )
     best = min(fits, key=lambda fit: fit.cost)
     height, slope, floor = (float(v) for v in best.x)
+    floor = floor if floor > 1e-9 * least else 0.0
     with_floor = 2 * float(best.cost)
     without = float(((law.line[0] + law.line[1] * x - y) ** 2).sum())
     free = len(x) - 3

@@ -35,5 +35,8 @@ class Settings:
         False, "Also fit E = E0 + a C^b, and say whether E0 can be told from zero."
     )
     holdout_largest: int = _setting(
-        0, "Predict the K largest runs from a fit of the others.", least=0, metavar="K"
+        0,
+        "Predict each group's K largest runs from a fit of the others.",
+        least=0,
+        metavar="K",
     )
