@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -226,7 +226,7 @@ class ArrowReader:
     roots: tuple[str, ...]
     """The folders that the path of an image without bytes may lead into."""
 
-    def images(self, rows: Sequence[Row]) -> Iterator[Callable[[], bytes]]:
+    def images(self, rows: Sequence[Row]) -> Generator[Callable[[], bytes]]:
         """See `Reader`."""
         opened = lru_cache(_OPEN_FILES)(self._open)  # in any of the threads that read these rows
         for row in rows:

@@ -3,7 +3,7 @@
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -142,7 +142,7 @@ class TarReader:
 
     folder: UPath
 
-    def images(self, rows: Sequence[Row]) -> Iterator[Callable[[], bytes]]:
+    def images(self, rows: Sequence[Row]) -> Generator[Callable[[], bytes]]:
         """See `Reader`."""
         # Open as long as these rows are read: a tar may be written anew before the next ones.
         opened = lru_cache(_OPEN_FILES)(self._open)
