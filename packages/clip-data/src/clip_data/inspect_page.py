@@ -22,7 +22,7 @@ from clip_data.tar import read_span
 _INK, _FAINT = "#1b4f8a", "#e6e6e6"
 _THUMBNAIL = 256  # pixels, the longer side
 _TEXT = 500  # characters of a caption
-_LISTED = 50
+_ROWS = 25  # of a table
 
 _TITLES = {
     "caption_characters": "Caption length",
@@ -42,7 +42,7 @@ h2 { font-size: 18px; margin: 36px 0 10px; border-bottom: 1px solid #ddd; paddin
 h3 { font-size: 15px; margin: 0 0 6px }
 .note { color: #666; font-size: 13px; margin: 0 0 8px }
 .tiles, .plots, .tables, .sheet { display: grid; gap: 14px }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); margin-top: 18px }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(105px, 1fr)); margin-top: 18px }
 .tiles div { background: #f3f6fa; border-radius: 6px; padding: 10px 12px; font-size: 13px }
 .tiles b { display: block; font-size: 22px; color: #1b4f8a; font-weight: 600 }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)) }
@@ -53,6 +53,7 @@ td { padding: 2px 6px; border-bottom: 1px solid #f0f0f0; vertical-align: top }
 td:first-child { overflow-wrap: anywhere; width: 55% }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
 .bar { background: #9ab4d0; height: 9px; margin-top: 5px; min-width: 1px; border-radius: 2px }
+.checks { max-width: 520px }
 .bad { color: #b3261e; font-weight: 600 }
 .sheet { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); align-items: start }
 .sheet figure { margin: 0; border: 1px solid #e3e3e3; border-radius: 6px; overflow: hidden }
@@ -77,14 +78,14 @@ def write_page(path: UPath, inspection: Inspection) -> None:
             f"<h1>{_text(inspection.source)}</h1>",
             _tiles(inspection),
             _checks(inspection),
-            '<h2>Captions and images</h2>\n<div class="plots">',
+            '<h2>Lengths and sizes</h2>\n<div class="plots">',
             *(_plot(name, each) for name, each in inspection.histograms.items()),
             "</div>",
-            _tables(inspection),
             f"<h2>{len(inspection.examples)} samples at random</h2>" if inspection.examples else "",
             '<div class="sheet">',
             *map(_figure, inspection.examples),
             "</div>",
+            _tables(inspection),
         ]
     )
     head = (
@@ -130,6 +131,8 @@ def _checks(inspection: Inspection) -> str:
         ("captions that are not UTF-8", inspection.not_utf8, samples),
         ("captions of one word or none", inspection.near_empty, captions),
     ]
+    if inspection.classes and not captions:  # a labelled set needs none
+        rows = [row for row in rows if "caption" not in row[0]]
     cells = (
         f'<tr><td>{what}</td><td class="n{" bad" if count else ""}">{count:,}</td>'
         f'<td class="n">{count / max(total, 1):.2%}</td></tr>'
@@ -138,22 +141,23 @@ def _checks(inspection: Inspection) -> str:
     damaged = "".join(
         f'<p class="bad">{_text(tar)}: {_text(why)}</p>' for tar, why in inspection.damaged.items()
     )
-    return f"<h2>Checks</h2>\n<table>{''.join(cells)}</table>{damaged}"
+    table = f'<table class="checks">{"".join(cells)}</table>'
+    return f"<h2>Checks</h2>\n{table}{damaged}"
 
 
 def _tables(inspection: Inspection) -> str:
-    words, labels = inspection.words, inspection.labels
-    half = -(-len(words) // 2)
+    words, labels = inspection.words[: 2 * _ROWS], inspection.labels
+    half = min(len(words), _ROWS)
     near_empty = f"{inspection.near_empty:,} in all"
     of_classes = f"{len(labels):,} with samples"
-    if len(labels) > _LISTED:
-        of_classes += f"; the largest {_LISTED} of them, the smallest has {labels[-1].count:,}"
+    if len(labels) > _ROWS:
+        of_classes += f"; the largest {_ROWS} of them, the smallest has {labels[-1].count:,}"
     blocks = [
-        _table("Samples of each class", of_classes, labels[:_LISTED]),
+        _table("Samples of each class", of_classes, labels[:_ROWS]),
         _table("Most common words", f"1 to {half}, in lower case", words[:half]),
         _table("Most common words", f"{half + 1} to {len(words)}", words[half:]),
-        _table("Captions of one word or none", near_empty, inspection.near_empty_captions),
-        _table("Captions that repeat", "the same text again", inspection.repeated_captions),
+        _table("Captions of one word or none", near_empty, inspection.near_empty_captions[:_ROWS]),
+        _table("Captions that repeat", "the same text again", inspection.repeated_captions[:_ROWS]),
     ]
     return f'<h2>Texts</h2>\n<div class="tables">{"".join(blocks)}</div>' if any(blocks) else ""
 
@@ -178,12 +182,10 @@ def _plot(name: str, histogram: Histogram) -> str:
     axes = figure.add_subplot()
     counts, edges = histogram.counts, histogram.edges
     axes.bar(range(len(counts)), counts, width=0.92, align="edge", color=_INK)
-    ticks = _ticks(edges, name)
-    more = "+" if histogram.largest >= edges[-1] else ""
+    single = name.startswith("caption") and edges[1] - edges[0] == 1  # a bar is one number
+    ticks = _ticks(edges[:-1] if single else edges, name)
     labels = [_tick(edges[tick], name) for tick in ticks]
-    axes.set_xticks(ticks, labels)
-    if more:
-        axes.text(len(counts), counts[-1], "and more", ha="right", va="bottom", fontsize=7)
+    axes.set_xticks([tick + single / 2 for tick in ticks], labels)
     unit = {"bytes": "bytes, logarithmic", "pixels": "pixels, logarithmic"}
     axes.set_xlabel(unit.get(histogram.unit, histogram.unit))
     axes.set_ylabel("captions" if name.startswith("caption") else "images")
@@ -199,6 +201,8 @@ def _plot(name: str, histogram: Histogram) -> str:
         _tick(value, name) for value in (histogram.smallest, histogram.mean, histogram.largest)
     )
     note = f"{smallest} to {largest} {histogram.unit}, mean {mean}"
+    if histogram.largest >= edges[-1]:
+        note += f"; the last bar: {_tick(edges[-2], name)} or more"
     title, source = _TITLES[name], _uri("svg+xml", buffer.getvalue())
     return (
         f'<figure><h3>{title}</h3><p class="note">{note}</p>'
@@ -258,8 +262,8 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
+        count /= 1024
+    return f"{count:,.1f} TiB"

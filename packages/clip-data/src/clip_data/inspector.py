@@ -228,13 +228,13 @@ def _add_sample(
     wanted: int,
 ) -> None:
     found.totals["samples"] += 1
-    count_texts(found.extensions, spans)
+    count_texts(found.extensions, list(spans))
     captions: list[str] = []
     if "txt" in spans:
         data = read_span(file, spans["txt"])
         text = data.decode(errors="replace")
         found.totals["not_utf8"] += text.encode() != data
-        captions = [line.strip() for line in text.splitlines() if line.strip()]
+        captions = [line.strip() for line in text.split("\n") if line.strip()]
     found.totals["without_caption"] += not captions
     for caption in captions:
         found.add_caption(caption)
