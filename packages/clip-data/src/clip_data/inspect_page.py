@@ -44,7 +44,7 @@ h3 { font-size: 15px; margin: 0 0 6px }
 .tiles, .plots, .tables, .sheet { display: grid; gap: 14px }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(105px, 1fr)); margin-top: 18px }
 .tiles div { background: #f3f6fa; border-radius: 6px; padding: 10px 12px; font-size: 13px }
-.tiles b { display: block; font-size: 22px; color: #1b4f8a; font-weight: 600 }
+.tiles b { display: block; font-size: 20px; white-space: nowrap; color: #1b4f8a; font-weight: 600 }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)) }
 .plots figure { margin: 0 } .plots img { width: 100%; height: auto; display: block }
 .tables { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 28px }
@@ -186,8 +186,8 @@ def _plot(name: str, histogram: Histogram) -> str:
     ticks = _ticks(edges[:-1] if single else edges, name)
     labels = [_tick(edges[tick], name) for tick in ticks]
     axes.set_xticks([tick + single / 2 for tick in ticks], labels)
-    unit = {"bytes": "bytes, logarithmic", "pixels": "pixels, logarithmic"}
-    axes.set_xlabel(unit.get(histogram.unit, histogram.unit))
+    logarithmic = "" if name.startswith("caption") else ", logarithmic"
+    axes.set_xlabel(histogram.unit + logarithmic)
     axes.set_ylabel("captions" if name.startswith("caption") else "images")
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -200,7 +200,8 @@ def _plot(name: str, histogram: Histogram) -> str:
     smallest, mean, largest = (
         _tick(value, name) for value in (histogram.smallest, histogram.mean, histogram.largest)
     )
-    note = f"{smallest} to {largest} {histogram.unit}, mean {mean}"
+    unit = "" if name == "image_bytes" else f" {histogram.unit}"
+    note = f"{smallest} to {largest}{unit}, mean {mean}"
     if histogram.largest >= edges[-1]:
         note += f"; the last bar: {_tick(edges[-2], name)} or more"
     title, source = _TITLES[name], _uri("svg+xml", buffer.getvalue())
@@ -222,7 +223,7 @@ def _ticks(edges: Sequence[float], name: str) -> list[int]:
 def _tick(value: float, name: str) -> str:
     if name == "image_bytes":
         return _size(value)
-    return f"{value:.3g}" if name == "aspect" else f"{value:,.0f}"
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _figure(example: Example) -> str:

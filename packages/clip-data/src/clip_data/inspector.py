@@ -187,9 +187,8 @@ def inspect(
     names = source / CLASS_NAMES
     class_names = read_lines(names) if names.exists() else []
     workers = min(workers or os.cpu_count() or 1, len(tars))
-    read = partial(_read_tar, wanted=samples, seed=seed)
     found, splits = _Found(), Counter[str]()
-    results = run_jobs(read, tars, workers)
+    results = run_jobs(partial(_read_tar, wanted=samples, seed=seed), tars, workers)
     bar = tqdm(results, total=len(tars), unit="shard", disable=None)
     for part, (split, _) in zip(bar, tars, strict=True):
         found.merge(part, samples)
@@ -251,9 +250,9 @@ def _add_sample(
     if size is None:
         found.totals["unreadable_images"] += 1
     else:
-        width, height = size
-        for name, value in {"width": width, "height": height, "aspect": width / height}.items():
+        for name, value in zip(("width", "height"), size, strict=True):
             found.values[name].add(value)
+        found.values["aspect"].add(size[0] / size[1])
     found.add_example(rank, Example(str(tar), key, image, captions, label), wanted)
 
 
@@ -272,25 +271,21 @@ def _image_size(file: BinaryIO, span: Span) -> tuple[int, int] | None:
 
 
 def _sum_up(
-    source: UPath,
-    shards: int,
-    found: _Found,
-    splits: Mapping[str, int],
-    class_names: Sequence[str],
+    source: UPath, shards: int, found: _Found, splits: Mapping[str, int], classes: Sequence[str]
 ) -> Inspection:
     def common(counter: Counter[str], least: int = 1, listed: int | None = _LISTED) -> list[Count]:
         ranked = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
         return [Count(text, count) for text, count in ranked[:listed] if count >= least]
 
-    names = {str(number): name for number, name in enumerate(class_names)}
+    names = {str(number): name for number, name in enumerate(classes)}
     histograms = {name: values.histogram() for name, values in found.values.items()}
-    totals = ("samples", "bytes", "without_image", "unreadable_images", "without_caption")
-    totals += ("not_utf8", "captions", "near_empty")
+    totals = "samples bytes captions near_empty not_utf8 without_caption without_image"
     return Inspection(
         source=str(source),
         shards=shards,
         splits=dict(splits),
         damaged=found.damaged,
+        unreadable_images=found.totals["unreadable_images"],
         extensions={count.text: count.count for count in common(found.extensions)},
         near_empty_captions=common(found.near_empty),
         repeated_captions=common(found.captions, least=2),
@@ -302,5 +297,5 @@ def _sum_up(
             replace(example, label=names.get(example.label or "", example.label))
             for _, example in found.examples
         ],
-        **{name: found.totals[name] for name in totals},
+        **{name: found.totals[name] for name in totals.split()},
     )
