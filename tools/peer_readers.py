@@ -149,7 +149,7 @@ def accept(img2dataset: Path, work: Path) -> list[bool]:
         tell("build keeps img2dataset's bytes", images, sorted(files.values())),
         *(
             tell(f"verify finds no fault: {name}", clip_data("verify", work / name)["faults"], {})
-            for name in ("shards", "set", "retrieval", "similar", "subset", "resharded")
+            for name in ("theirs", "shards", "set", "retrieval", "similar", "subset", "resharded")
         ),
     ]
 
