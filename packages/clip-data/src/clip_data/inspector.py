@@ -104,7 +104,7 @@ def _values() -> dict[str, Values]:
 
 @dataclass
 class _Found:
-    """What is known so far."""
+    """What is known so far; the examples with their ranks."""
 
     damaged: dict[str, str] = field(default_factory=dict[str, str])
     totals: Counter[str] = field(default_factory=Counter[str])
@@ -115,7 +115,6 @@ class _Found:
     labels: Counter[str] = field(default_factory=Counter[str])
     values: dict[str, Values] = field(default_factory=_values)
     examples: list[tuple[str, Example]] = field(default_factory=list[tuple[str, Example]])
-    """With their ranks."""
 
     def add_caption(self, caption: str) -> None:
         words = _WORD.findall(caption.lower())
