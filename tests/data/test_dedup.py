@@ -9,7 +9,7 @@ import imagehash
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from clip_data.dedup import DedupReport, dedup
+from clip_data.duplicates import DedupReport, dedup
 from clip_data.errors import DataError
 from clip_data.near_hashes import HashIndex, first_that_stay, has_information, nearest
 from clip_data.perceptual_hash import hash_image

@@ -9,14 +9,14 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import clip_data.subset
+import clip_data.subsets
 import pyarrow.parquet as pq
 import pytest
 import webdataset
 from clip_data import DataError, verify
 from clip_data.selection import write_selection
 from clip_data.sidecars import read_keys
-from clip_data.subset import subset
+from clip_data.subsets import subset
 from upath import UPath
 
 from .conftest import contents
@@ -71,8 +71,8 @@ def test_a_subset_of_a_subset(tmp_path: Path) -> None:
 
 
 def test_equal_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = clip_data.subset.rank_samples
-    monkeypatch.setattr("clip_data.subset.rank_samples", lambda *args: rank(*args) % 3 << 60)
+    rank = clip_data.subsets.rank_samples
+    monkeypatch.setattr("clip_data.subsets.rank_samples", lambda *args: rank(*args) % 3 << 60)
     source = write_shards(tmp_path / "in", ROWS)
     found: list[set[str]] = []
     for samples in range(1, GOOD + 1, 4):

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clip_data.builder import Summary, build
-    from clip_data.dedup import DedupReport, dedup
     from clip_data.download import DownloadOptions
+    from clip_data.duplicates import DedupReport, dedup
     from clip_data.errors import DataError
     from clip_data.filter import filter_shards
     from clip_data.images import ImageOptions
     from clip_data.inspector import Inspection, inspect
     from clip_data.selection import Selected
     from clip_data.sources import ColumnOptions
-    from clip_data.subset import subset
+    from clip_data.subsets import subset
     from clip_data.verifier import Fault, Report, verify
 
 _MODULES = {
     "ColumnOptions": "sources",
     "DataError": "errors",
-    "DedupReport": "dedup",
+    "DedupReport": "duplicates",
     "DownloadOptions": "download",
     "Fault": "verifier",
     "ImageOptions": "images",
@@ -31,10 +31,10 @@ _MODULES = {
     "Selected": "selection",
     "Summary": "builder",
     "build": "builder",
-    "dedup": "dedup",
+    "dedup": "duplicates",
     "filter_shards": "filter",
     "inspect": "inspector",
-    "subset": "subset",
+    "subset": "subsets",
     "verify": "verifier",
 }
 

@@ -21,7 +21,7 @@ def whole_file(path: UPath) -> Generator[BinaryIO]:
     temporary = path.with_name(path.name + PARTIAL)
     try:
         with temporary.open("wb") as file:
-            yield cast(BinaryIO, file)
+            yield file
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from clip_data.download import DownloadOptions, UrlReader
 from clip_data.errors import DataError
 from clip_data.images import ImageOptions
 from clip_data.labelled_set import choose_class_names, choose_templates, write_set_files
+from clip_data.manifest import MANIFEST, MARKER, NSHARDS, SIZES, TOOL
 from clip_data.plan import Plan, survey
 from clip_data.ray_engine import run_jobs_on_ray
 from clip_data.shards import (
@@ -38,11 +38,6 @@ from clip_data.tar import FORMAT
 from clip_data.workers import run_jobs
 
 log = logging.getLogger(__name__)
-
-TOOL = f"clip-data {version('clip-data')}"
-MANIFEST = "manifest.json"
-MARKER = MANIFEST + PARTIAL
-SIZES = "sizes.json"
 
 # Rows that may be bad where nothing else is said. Half of an old list's addresses are dead.
 _MAX_ERROR_SHARE, _MAX_DOWNLOAD_ERROR_SHARE = 0.1, 0.9
@@ -131,7 +126,7 @@ def build(
         raise DataError(f"{source}: no rows; expected one for each image")
     class_names = template_lines = None
     if labelled := opened.columns.label is not None:
-        ordered = opened.class_names or sorted(found.labels)
+        ordered = opened.class_names or sorted(found.labels, key=_by_number_or_name)
         class_names = choose_class_names(output, classnames, ordered)
         template_lines = choose_templates(output, templates)
     elif classnames or templates:
@@ -201,6 +196,10 @@ def build(
     return _finish(folder, head, [done[name] for name in digests])
 
 
+def _by_number_or_name(label: str) -> tuple[bool, int, str]:
+    return (False, int(label), label) if label.isdecimal() else (True, 0, label)
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -256,7 +255,7 @@ def _finish(folder: UPath, head: dict[str, Any], shards: list[ShardStats]) -> Su
     """Write what describes the shards together; the manifest last, for it ends the build."""
     summary = _summary(folder, shards)
     if head["arguments"]["split"]:
-        write_text(folder / "nshards.txt", f"{len(shards)}\n")
+        write_text(folder / NSHARDS, f"{len(shards)}\n")
     write_text(
         folder / SIZES, json.dumps({stats.name: stats.samples for stats in shards}, indent=1)
     )

@@ -300,7 +300,7 @@ def subset(shards: str, output: str, **options: Any) -> None:
 
     Subsets of one seed are nested: each smaller one is within each larger one.
     """
-    from clip_data.subset import subset
+    from clip_data.subsets import subset
 
     click.echo(json.dumps(asdict(subset(shards, output, **options))))
 
@@ -345,6 +345,6 @@ def filter_command(shards: str, output: str, **options: Any) -> None:
 @_workers
 def dedup(shards: str, output: str | None, against: tuple[str, ...], **options: Any) -> None:
     """Find duplicate images in DIR by perceptual hash (pHash), and write the others to OUT."""
-    from clip_data.dedup import dedup
+    from clip_data.duplicates import dedup
 
     click.echo(json.dumps(asdict(dedup(shards, output, against=against, **options))))

@@ -10,6 +10,7 @@ import re
 import sqlite3
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from upath import UPath
@@ -39,7 +40,11 @@ _QUOTED = re.compile(
 
 
 def filter_shards(
-    source: UPath, output: UPath, *, where: str, workers: int | None = None
+    source: str | Path | UPath,
+    output: str | Path | UPath,
+    *,
+    where: str,
+    workers: int | None = None,
 ) -> Selected:
     """Write the samples for whose row in NNNNN.parquet an SQL expression is true.
 
@@ -58,6 +63,7 @@ def filter_shards(
         DataError: a shard has no parquet, the expression is none or does what it may not, or see
             `write_selection`.
     """
+    source, output = UPath(source), UPath(output)
     tars = source_tars(source)
     matching = partial(_matching_keys, where=where)
     matching(tars[0])  # a wrong expression shall not show after an hour

@@ -1,7 +1,7 @@
 """Where the images of a source are read from: a reader goes to the workers with the rows."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ from clip_data.samples import Row
 class Reader(Protocol):
     """Reads the images of rows. It is pickled; its functions are called from several threads."""
 
-    def images(self, rows: Sequence[Row]) -> Iterator[Callable[[], bytes]]:
+    def images(self, rows: Sequence[Row]) -> Generator[Callable[[], bytes]]:
         """For each row, in order, a function that gives the bytes of its encoded image.
 
         The function raises RowError where there is none. A reader may start on the rows that
-        follow before their functions are called. Rows with a fault are not among them.
+        follow before their functions are called; close it to stop that. Rows with a fault are not
+        among them.
         """
         ...
 
@@ -36,7 +37,7 @@ class FileReader:
     root: UPath
     """A local one is absolute, without symbolic links."""
 
-    def images(self, rows: Sequence[Row]) -> Iterator[Callable[[], bytes]]:
+    def images(self, rows: Sequence[Row]) -> Generator[Callable[[], bytes]]:
         """See `Reader`."""
         for row in rows:
             yield partial(read_inside, self.root, row.image)

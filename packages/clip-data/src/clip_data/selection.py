@@ -17,9 +17,9 @@ from tqdm import tqdm
 from upath import UPath
 
 from clip_data.atomic import PARTIAL, whole_file, write_text
-from clip_data.builder import MANIFEST, MARKER, SIZES, TOOL
 from clip_data.errors import DataError
 from clip_data.labelled_set import CLASS_NAMES, DATASET_TYPE, TEMPLATES
+from clip_data.manifest import MANIFEST, MARKER, NSHARDS, SIZES, TOOL
 from clip_data.selected_shard import Job, write_selected
 from clip_data.shards import ShardStats
 from clip_data.sidecars import read_json
@@ -27,8 +27,6 @@ from clip_data.tar import FORMAT
 from clip_data.workers import run_jobs
 
 log = logging.getLogger(__name__)
-
-NSHARDS = "nshards.txt"  # of a split in CLIP_benchmark's layout: 0.tar, 1.tar, … without a gap
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ NNNNN_stats.json   counts and hashes; written last, it says that the shard is do
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -128,9 +129,8 @@ def _make_samples(job: Job, earlier: Mapping[str, Sample]) -> Iterator[Sample | 
     """What becomes of each row, in order; a few of them are in memory at a time."""
     pairs = list(zip(job.keys, job.rows, strict=True))
     wanted = [row for key, row in pairs if row.fault is None and key not in earlier]
-    reads = job.reader.images(wanted)
 
-    def tasks() -> Iterator[Any]:
+    def tasks(reads: Iterator[Callable[[], bytes]]) -> Iterator[Callable[[], Sample | RowError]]:
         for key, row in pairs:
             if key in earlier:
                 yield partial(earlier.__getitem__, key)
@@ -139,12 +139,9 @@ def _make_samples(job: Job, earlier: Mapping[str, Sample]) -> Iterator[Sample | 
             else:
                 yield partial(_try, row, key, next(reads), job.images, job.classes)
 
-    if job.threads == 1:
-        yield from (task() for task in tasks())
-        return
-    with ThreadPoolExecutor(job.threads) as pool:
-        pending: deque[Any] = deque()
-        for task in tasks():
+    with closing(job.reader.images(wanted)) as reads, ThreadPoolExecutor(job.threads) as pool:
+        pending: deque[Future[Sample | RowError]] = deque()
+        for task in tasks(reads):
             pending.append(pool.submit(task))
             if len(pending) == 4 * job.threads:
                 yield pending.popleft().result()

@@ -100,7 +100,7 @@ def open_source(
     Raises:
         DataError: there is no such source, it is of no known kind, or a column is missing.
     """
-    opened = _open(source, split)
+    opened = _open(source, split, columns)
     image, reader = columns.image or opened.image_column, opened.reader
     url = columns.url
     if image is None and url is None:
@@ -117,6 +117,8 @@ def open_source(
     wanted = [("--image-column or --url-column", image or _IMAGE[0]), ("--label-column", label)]
     expected = captions or (() if label else _CAPTION[:1])
     wanted += [("--caption-column", name) for name in expected]
+    if url is not None:
+        wanted.append(("--hash-column", downloads.hash_column))
     for option, name in wanted:
         if name is not None and name not in opened.columns:
             raise DataError(
@@ -126,13 +128,11 @@ def open_source(
     return Source(opened, Columns(image or "", captions, label), reader)
 
 
-def _open(source: str, split: str | None) -> Opened:
-    if source.startswith("hf://"):
-        return open_hf(source, split)
+def _open(source: str, split: str | None, columns: ColumnOptions) -> Opened:
+    if columns.url is None and is_hf(source):
+        return open_hf(source, split, columns.image)
     path = UPath(source)
     suffix = path.suffix.lower()
-    if is_hf(path):
-        return open_hf(path, split)
     if is_tars(path):
         return open_tars(path)
     if path.is_dir():

@@ -66,13 +66,20 @@ def read_samples(file: BinaryIO) -> Iterator[Spans]:
     """
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        members = ((*_split_name(m.name), [m.offset_data, m.size]) for m in tar if m.isfile())
+        members = ((*_split_name(m.name), [m.offset_data, m.size]) for m in _members(tar))
         for key, run in groupby(members, key=lambda member: member[0]):
             yield key, {extension: span for _, extension, span in run}
         end = tar.offset
     file.seek(end)
     if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"no end-of-archive marker at byte {end}")
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # else it remembers all
+        if member.isfile():
+            yield member
 
 
 def read_span(file: BinaryIO, span: Span) -> bytes:

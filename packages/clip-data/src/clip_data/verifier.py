@@ -1,7 +1,6 @@
 """Shards read again, against what their manifest and index say and what a reader expects."""
 
 import hashlib
-import json
 import os
 import re
 import tarfile
@@ -17,10 +16,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from upath import UPath
 
-from clip_data.builder import MANIFEST, MARKER, SIZES
 from clip_data.errors import DataError, RowError
 from clip_data.images import ImageOptions, prepare_image
 from clip_data.labelled_set import CLASS_NAMES, read_lines
+from clip_data.manifest import MANIFEST, MARKER, NSHARDS, SIZES
+from clip_data.sidecars import read_json
 from clip_data.tar import IMAGES, Spans, build_index, index_path, read_samples, read_span, tar_size
 from clip_data.workers import run_jobs
 
@@ -80,7 +80,7 @@ def verify(output: str | Path | UPath, *, workers: int | None = None) -> Report:
         DataError: there are no shards.
     """
     output = UPath(output)
-    splits = sorted(path.parent for path in output.glob("*/nshards.txt"))
+    splits = sorted(path.parent for path in output.glob(f"*/{NSHARDS}"))
     folders = ([output] if any(output.glob("*.tar")) else []) + splits
     if not folders:
         raise DataError(f"{output}: no shards (*.tar) and no splits; build them: clip-data build")
@@ -119,7 +119,7 @@ def _read_shard(job: _Job) -> _Shard:
         tar_bytes = tar_size(file)
     shard.key_hashes = np.array([_key_hash(key) for key, _ in samples], np.uint64)
     index = index_path(job.tar)
-    if index.exists() and _read_json(index) != build_index(tar_bytes, samples):
+    if index.exists() and read_json(index) != build_index(tar_bytes, samples):
         shard.add("index differs from tar", detail=index.name)
     return shard
 
@@ -169,7 +169,7 @@ def _check_folder(folder: UPath, shards: list[_Shard]) -> Iterator[Fault]:
     found = {shard.tar.name: shard for shard in shards}
     yield from _duplicate_keys(shards)
     expected = _counted_shards(folder)
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     if manifest is None and (folder / MARKER).exists():
         yield Fault("build not finished", str(folder), detail="run the same clip-data build again")
     if manifest is not None:
@@ -181,7 +181,7 @@ def _check_folder(folder: UPath, shards: list[_Shard]) -> Iterator[Fault]:
             yield from _check_entry(found[name], entries[name])
     for name in sorted(expected - set(found)):
         yield Fault("missing shard", str(folder / name))
-    sizes = _read_json(folder / SIZES)
+    sizes = read_json(folder / SIZES)
     for name, count in (sizes or {}).items():
         if name in found and count != len(found[name].key_hashes):
             detail = f"{len(found[name].key_hashes)} samples, {SIZES} says {count}"
@@ -217,7 +217,7 @@ def _key_hash(key: str) -> int:
 
 def _counted_shards(folder: UPath) -> set[str]:
     """The shards that nshards.txt promises, if there is one."""
-    path = folder / "nshards.txt"
+    path = folder / NSHARDS
     if not path.exists():
         return set()
     text = path.read_text().strip()
@@ -235,16 +235,3 @@ def _check_entry(shard: _Shard, entry: dict[str, Any]) -> Iterator[Fault]:
         yield Fault("wrong count", str(shard.tar), detail=detail)
     if not index_path(shard.tar).exists():
         yield Fault("missing index", str(index_path(shard.tar)))
-
-
-def _read_json(path: UPath) -> dict[str, Any] | None:
-    """A sidecar's contents, None if there is none. Raises DataError: it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not readable ({error}); delete it and build again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object")
-    return cast(dict[str, Any], value)

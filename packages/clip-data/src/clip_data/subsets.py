@@ -12,6 +12,7 @@ from contextlib import closing
 from functools import partial
 from hashlib import blake2b
 from itertools import compress
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -32,8 +33,8 @@ _SHIFT = np.uint64(64 - _BITS)
 
 
 def subset(
-    source: UPath,
-    output: UPath,
+    source: str | Path | UPath,
+    output: str | Path | UPath,
     *,
     samples: int,
     by: str = "sample",
@@ -59,6 +60,7 @@ def subset(
         raise DataError(f"{samples} samples of {source}: expected at least one")
     if by not in ("sample", "shard"):
         raise DataError(f"by {by!r}: expected 'sample' or 'shard'")
+    source, output = UPath(source), UPath(output)
     tars = source_tars(source)
     if by == "sample":
         keep = _least_ranks(tars, seed, samples, min(workers or os.cpu_count() or 1, len(tars)))
