@@ -111,7 +111,7 @@ def test_intervals_cover_the_truth_in_95_of_100(make_runs: Make, runs: int) -> N
     compute = 10 ** np.linspace(10, 13, runs)
     for table in range(tables):
         error = 5.86 * compute**-0.11 * np.exp(0.03 * rng.standard_normal(runs))
-        law = law_of(make_runs(compute, error), points="all", bootstrap=400, seed=table)
+        law = law_of(make_runs(compute, error), points="all", bootstrap=1000, seed=table)
         assert law.replicates is not None
         low, high = interval(law.replicates[1], runs)
         covered += low <= -0.11 <= high

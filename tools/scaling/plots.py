@@ -141,7 +141,8 @@ def _panel(ax: Axes, quantity: str, laws: Sequence[Law], look: _Look) -> None:
     shown = [scale * p.error for law in laws for p in law.points]
     low, high = min(shown) / 1.12, max(shown) * 1.08
     bottom, top = ax.get_ylim()
-    ax.set_ylim(max(bottom, low / 1.25), min(top, high * 1.15))
+    highest = min(high * 1.15, 105) if is_error else high * 1.15  # an error ends at 100%
+    ax.set_ylim(max(bottom, low / 1.25), min(top, highest))
     _ticks(ax)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="lower left", fontsize=8, framealpha=0.85, edgecolor="none")
@@ -170,7 +171,8 @@ def _line(ax: Axes, law: Law, colour: str, scale: float) -> None:
     x = np.linspace(low, high + AHEAD, 60)
     y = scale * 10 ** (height + slope * x)
     inside = x <= high
-    label = rf"{law.group}: $E = {_number(10**height)}\,C^{{{slope:.3f}}}$"
+    name = "" if law.group == "all" else f"{law.group}: "
+    label = rf"{name}$E = {_number(10**height)}\,C^{{{slope:.3f}}}$"
     end = int(inside.sum())
     ax.plot(10 ** x[:end], y[:end], color=colour, linewidth=1.6, label=label, zorder=2.5)
     ax.plot(10 ** x[end - 1 :], y[end - 1 :], color=colour, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -201,6 +203,9 @@ def _ticks(ax: Axes) -> None:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     places = sorted({t * 10.0**p for p in powers for t in TICKS})
     inside = [place for place in places if low <= place <= high]
+    if len(inside) < 4:  # a short axis: every half
+        places = [t / 2 * 10.0**p for p in powers for t in range(2, 20)]
+        inside = [place for place in places if low <= place <= high]
     if len(inside) > 9:  # more than a decade: powers of ten, and halves between them
         inside = [t * 10.0**p for p in powers for t in (1, 2, 5) if low <= t * 10.0**p <= high]
     ax.yaxis.set_major_locator(FixedLocator(inside))
