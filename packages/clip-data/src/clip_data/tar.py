@@ -5,7 +5,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from upath import UPath
 
@@ -77,7 +77,7 @@ def read_samples(file: BinaryIO) -> Iterator[Spans]:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
-        tar.members.clear()  # else it remembers all
+        cast(Any, tar).members.clear()  # else it remembers all
         if member.isfile():
             yield member
 
