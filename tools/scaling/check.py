@@ -17,7 +17,7 @@ EXPONENT, PREFACTOR, ACCURACY, SUM = 0.005, 0.01, 0.006, 0.0005
 
 
 def check(folder: Path) -> list[dict[str, Any]]:
-    """Every printed figure beside the refitted one: {what, printed, refitted, off, limit, ok}.
+    """Every figure expected beside the refitted one: {what, expected, refitted, off, limit, ok}.
 
     `folder` holds the tables that come with the tool, or a copy. Exponents agree within 0.005,
     prefactors within 1%, predictions within 0.006 points; sums of the typed figures guard those
@@ -76,20 +76,20 @@ def _compare(folder: Path) -> Iterator[dict[str, Any]]:
 def format_check(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     width = max(len(row["what"]) for row in rows)
-    lines = [f"{'':{width}}  {'printed':>9}  {'refitted':>10}  {'off':>8}  {'limit':>8}"]
+    lines = [f"{'':{width}}  {'expected':>9}  {'refitted':>10}  {'off':>8}  {'limit':>8}"]
     for row in rows:
         lines.append(
-            f"{row['what']:{width}}  {row['printed']:>9g}  {row['refitted']:>10.6g}  "
+            f"{row['what']:{width}}  {row['expected']:>9g}  {row['refitted']:>10.6g}  "
             f"{row['off']:>8.2g}  {row['limit']:>8.2g}{'' if row['ok'] else '  MISS'}"
         )
     return "\n".join(lines)
 
 
-def _line(what: str, printed: float, refitted: float, limit: float) -> dict[str, Any]:
-    off = abs(refitted - printed)
+def _line(what: str, expected: float, refitted: float, limit: float) -> dict[str, Any]:
+    off = abs(refitted - expected)
     return {
         "what": what,
-        "printed": printed,
+        "expected": expected,
         "refitted": float(f"{refitted:.6g}"),
         "off": float(f"{off:.2g}"),
         "limit": float(f"{limit:.2g}"),

@@ -194,7 +194,7 @@ def profile(config: str) -> None:
     help="A table to read, or a JSON line for each figure.",
 )
 def check(tables: Path, style: str) -> None:
-    """Refit the paper's laws from its figures; exit 1 if one is not what the paper prints."""
+    """Refit the paper's laws from its figures; exit 1 if one is missed."""
     from check import check, format_check
 
     rows = check(tables)
@@ -202,7 +202,7 @@ def check(tables: Path, style: str) -> None:
     missed = [row["what"] for row in rows if not row["ok"]]
     if missed:
         raise ScalingError(f"{len(missed)} of {len(rows)} figures missed: {'; '.join(missed)}")
-    logger.info("all %d figures as printed", len(rows))
+    logger.info("all %d figures met", len(rows))
 
 
 @main.command()
