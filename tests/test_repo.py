@@ -1,5 +1,6 @@
 """What the repository promises as a whole."""
 
+import ast
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -59,6 +60,17 @@ def test_dependencies_between_packages() -> None:
 
 def test_source_stays_small() -> None:
     files = list(ROOT.glob("packages/*/src/*/*.py"))
-    lines = {p: p.read_text().splitlines() for p in files}
-    assert sum(bool(line.strip()) for of in lines.values() for line in of) < 12_000
-    assert {str(p): len(of) for p, of in lines.items() if len(of) > 300} == {}
+    assert sum(lines_of_code(file.read_text()) for file in files) < 12_000
+    lengths = {str(file): len(file.read_text().splitlines()) for file in files}
+    assert {name: n for name, n in lengths.items() if n > 300} == {}
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that are neither blank, nor of a comment, nor of a docstring."""
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            documented.update(range(node.lineno, (node.end_lineno or 0) + 1))
+    lines = (line.strip() for line in source.splitlines())
+    code = {n for n, line in enumerate(lines, 1) if line and not line.startswith("#")}
+    return len(code - documented)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from clip_data import DataError, ImageOptions, build, verify
+from clip_data.tar import TarWriter
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from upath import UPath
 
@@ -133,6 +137,22 @@ def test_shuffle_keeps_every_row_once(captioned: Path, tmp_path: Path) -> None:
         orders.append([sample["txt"].decode() for sample in samples])
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert orders[0] != orders[1] != orders[2]
+
+
+@given(
+    name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=110),
+    size=st.integers(0, 3000),
+)
+def test_tar_members_are_as_python_writes_them(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    try:
+        header = member.tobuf(tarfile.USTAR_FORMAT)
+    except ValueError:  # no room in ustar
+        return
+    file = io.BytesIO()
+    assert TarWriter(file).add(name, b"x" * size) == [len(header), size]
+    assert file.getvalue() == header + b"x" * size + bytes(-size % 512)
 
 
 def test_sizes_and_manifest(captioned: Path, tmp_path: Path) -> None:

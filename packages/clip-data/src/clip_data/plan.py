@@ -8,11 +8,11 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
-from clip_data.readers import Reader
+from clip_data.readers import row_digest
 from clip_data.samples import Row
 from clip_data.sources import Source
 
@@ -62,7 +62,10 @@ class _Shuffled:
         self._database = sqlite3.connect("")  # a temporary file, gone when it is closed
         self._database.execute("CREATE TABLE rows (rank BLOB, row TEXT)")
         ranked = (
-            (hashlib.sha256(f"{seed} {position}".encode()).digest(), json.dumps(astuple(row)))
+            (
+                hashlib.sha256(f"{seed} {position}".encode()).digest(),
+                json.dumps(row.fields, default=str),
+            )
             for position, row in enumerate(rows)
         )
         self._database.executemany("INSERT INTO rows VALUES (?, ?)", ranked)
@@ -98,11 +101,8 @@ def survey(plan: Plan) -> Survey:
     return Survey(rows, frozenset(labels), digests)
 
 
-def row_digest(row: Row, reader: Reader, options: str) -> str:
-    """A hash of all that decides what is written for a row, as far as its image is known."""
-    version = None if row.fault else reader.version(row)
-    text = json.dumps([astuple(row), version, options], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _rank(seed: int, position: int) -> bytes:
+    return hashlib.sha256(f"{seed} {position}".encode()).digest()
 
 
 def _hash_share(name: str) -> float:

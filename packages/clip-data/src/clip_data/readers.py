@@ -1,9 +1,11 @@
 """Where the images of a source are read from: a reader goes to the workers with the rows."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +54,13 @@ class FileReader:
             return -1
 
 
+def row_digest(row: Row, reader: Reader, options: str) -> str:
+    """A hash of all that decides what is written for a row, as far as its image is known."""
+    version = None if row.fault else reader.version(row)
+    text = json.dumps([row.fields, version, options], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_inside(root: UPath, name: str) -> bytes:
     """The contents of a regular file in the folder `root`.
 
@@ -63,8 +72,8 @@ def read_inside(root: UPath, name: str) -> bytes:
             if name.startswith("/") or ".." in name.split("/"):
                 raise RowError("path outside the source folder", name)
             return (root / name).read_bytes()
-        path = os.path.realpath(os.path.join(root, name))
-        if os.path.commonpath([root, path]) != str(root):
+        path = _real_path(os.path.join(root, name))
+        if not path.startswith(os.path.join(root, "")):
             raise RowError("path outside the source folder", path)
         if not os.path.isfile(path):
             raise RowError("missing file", path)
@@ -76,3 +85,13 @@ def read_inside(root: UPath, name: str) -> bytes:
         raise RowError("unreadable file", str(error)) from error
     except ValueError as error:  # a NUL in the name
         raise RowError("missing file", str(error)) from error
+
+
+def _real_path(path: str) -> str:
+    """`os.path.realpath`, which asks for each folder on the way anew, for many files of few."""
+    folder, name = os.path.split(path)
+    plain = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(plain) else plain
+
+
+_real_folder = lru_cache(1024)(os.path.realpath)

@@ -28,6 +28,19 @@ class Row:
     remark: str | None = None
     """What is odd about the row, though it is good."""
 
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """All of it, in the order of its arguments."""
+        return (
+            self.image,
+            self.captions,
+            self.label,
+            self.extra,
+            self.fault,
+            self.place,
+            self.remark,
+        )
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -21,8 +21,7 @@ from clip_data.atomic import whole_file, write_text
 from clip_data.errors import RowError
 from clip_data.images import ImageOptions
 from clip_data.parquet import read_records, write_outcomes
-from clip_data.plan import row_digest
-from clip_data.readers import Reader
+from clip_data.readers import Reader, row_digest
 from clip_data.samples import Row, Sample, make_sample
 from clip_data.tar import FORMAT, Spans, TarWriter, build_index, index_path, read_span
 from clip_data.workers import report_progress

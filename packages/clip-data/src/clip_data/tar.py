@@ -30,10 +30,9 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> Span:
         """Append a member; where its data lies."""
-        member = tarfile.TarInfo(name)  # mode 0644, owner 0, mtime 0
-        member.size = len(data)
-        span = [self.bytes + tarfile.BLOCKSIZE, len(data)]
-        self._write(member.tobuf(tarfile.USTAR_FORMAT) + data + _padding(len(data)))
+        header = _header(name, len(data))
+        span = [self.bytes + len(header), len(data)]
+        self._write(b"".join((header, data, bytes(-len(data) % tarfile.BLOCKSIZE))))
         return span
 
     def close(self) -> None:
@@ -52,8 +51,20 @@ class TarWriter:
         self.bytes += len(data)
 
 
-def _padding(size: int) -> bytes:
-    return bytes(-size % tarfile.BLOCKSIZE)
+def _header(name: str, size: int) -> bytes:
+    """Of a file of mode 0644, owner 0 and mtime 0; `TarInfo.tobuf` takes twenty times as long."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    if len(encoded) > 100 or size >= 8**11 or b"\0" in encoded:
+        member = tarfile.TarInfo(name)
+        member.size = size
+        return member.tobuf(tarfile.USTAR_FORMAT)
+    fields = b"%b0000644\x000000000\x000000000\x00%011o\x0000000000000\x00" % (
+        encoded.ljust(100, b"\0"),
+        size,
+    )
+    rest = b"0".ljust(101, b"\0") + b"ustar\x0000"
+    checksum = sum(fields) + 8 * ord(" ") + sum(rest)
+    return (fields + b"%06o\0 " % checksum + rest).ljust(tarfile.BLOCKSIZE, b"\0")
 
 
 def read_samples(file: BinaryIO) -> Iterator[Spans]:
