@@ -3,18 +3,21 @@
 import json
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from clip_data.build_options import (
+    columns_options,
+    downloads_options,
+    images_options,
+    workers_option,
+)
 from clip_data.errors import DataError
 
 PATH = click.Path(path_type=Path)
-
-Command = Callable[..., Any]
 
 
 class _Group(click.Group):
@@ -38,117 +41,6 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_workers = click.option(
-    "--workers", type=click.IntRange(min=1), help="Processes.  [default: one per core]"
-)
-
-_columns = _options(
-    click.option("--image-column", help="Column of image paths.  [default: image]"),
-    click.option("--url-column", help="Column of addresses to download.  [default: url or URL]"),
-    click.option(
-        "--caption-column",
-        multiple=True,
-        help="Column of captions, one or a list; repeatable.  [default: caption, TEXT or text]",
-    ),
-    click.option("--label-column", help="Column of class names."),
-)
-
-_images = _options(
-    click.option(
-        "--image-size",
-        type=click.IntRange(min=1),
-        help="Resize larger images to this, in pixels.  [default: keep the bytes]",
-    ),
-    click.option(
-        "--resize-mode",
-        type=click.Choice(["shortest", "longest", "crop", "pad"]),
-        default="shortest",
-        show_default=True,
-        help="The side that becomes --image-size; or crop or pad to a square of it.",
-    ),
-    click.option("--upscale", is_flag=True, help="Resize smaller images too."),
-    click.option(
-        "--encode",
-        type=click.Choice(["jpg", "png", "webp"]),
-        help="Store images in this format.  [default: as they are]",
-    ),
-    click.option(
-        "--quality",
-        type=click.IntRange(1, 100),
-        default=95,
-        show_default=True,
-        help="Of JPEG and WebP.",
-    ),
-    click.option(
-        "--min-image-size",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Leave out images whose shorter side has fewer pixels.",
-    ),
-    click.option(
-        "--max-aspect-ratio",
-        type=click.FloatRange(min=1),
-        help="Leave out images that are longer than this many times their width.",
-    ),
-    click.option(
-        "--max-pixels",
-        type=click.IntRange(min=1),
-        default=100_000_000,
-        show_default=True,
-        help="Leave out images of more pixels, width x height.",
-    ),
-)
-
-_downloads = _options(
-    click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        default=10.0,
-        show_default=True,
-        help="Seconds for one try of a download.",
-    ),
-    click.option(
-        "--retries",
-        type=click.IntRange(min=0),
-        default=2,
-        show_default=True,
-        help="Further tries of a download.",
-    ),
-    click.option(
-        "--connections",
-        type=click.IntRange(min=1),
-        default=64,
-        show_default=True,
-        help="Downloads at a time, per process.",
-    ),
-    click.option(
-        "--per-host",
-        type=click.IntRange(min=1),
-        default=8,
-        show_default=True,
-        help="Downloads at a time from one host, per process.",
-    ),
-    click.option(
-        "--hash-column", help="Column of MD5, SHA-1 or SHA-256 sums that downloads must have."
-    ),
-    click.option(
-        "--ignore-robots",
-        is_flag=True,
-        help="Download what robots.txt or an X-Robots-Tag of noai or noindex forbids.",
-    ),
-)
-
-
 @main.command()
 @click.argument("source")
 @click.argument("output", metavar="OUT")
@@ -157,7 +49,7 @@ _downloads = _options(
     metavar="NAME",
     help="Write the split NAME of a labelled or retrieval set in CLIP_benchmark's layout.",
 )
-@_columns
+@columns_options
 @click.option("--source-split", help="Split of a Hugging Face data set.  [default: train]")
 @click.option(
     "--classnames",
@@ -186,9 +78,9 @@ _downloads = _options(
     default=(0.0, 1.0),
     help="Only the rows whose image's name hashes into this part: 0 0.9 to train, 0.9 1 to test.",
 )
-@_images
-@_downloads
-@_workers
+@images_options
+@downloads_options
+@workers_option
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
@@ -246,7 +138,7 @@ def _take(options: dict[str, Any], kind: Any) -> dict[str, Any]:
 
 @main.command()
 @click.argument("output", metavar="DIR")
-@_workers
+@workers_option
 @click.pass_context
 def verify(ctx: click.Context, output: str, workers: int | None) -> None:
     """Read the shards in DIR again and report every fault; exit with 1 if there is any.
@@ -272,7 +164,7 @@ def verify(ctx: click.Context, output: str, workers: int | None) -> None:
     help="Pictures on the page, drawn at random.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawing.")
-@_workers
+@workers_option
 def inspect(shards: str, **options: Any) -> None:
     """Count what the shards in DIR hold: sizes of images, lengths and words of captions."""
     from clip_data.inspector import inspect
@@ -294,7 +186,7 @@ def inspect(shards: str, **options: Any) -> None:
     help="Choose samples; or whole shards, which is right where the rows were shuffled.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice.")
-@_workers
+@workers_option
 def subset(shards: str, output: str, **options: Any) -> None:
     """Write a random subset of the shards in DIR to OUT.
 
@@ -314,7 +206,7 @@ def subset(shards: str, output: str, **options: Any) -> None:
     metavar="EXPRESSION",
     help="An SQL condition, such as 'similarity > 0.3 AND width >= 256'.",
 )
-@_workers
+@workers_option
 def filter_command(shards: str, output: str, **options: Any) -> None:
     """Write the samples of DIR that satisfy a condition to OUT.
 
@@ -342,7 +234,7 @@ def filter_command(shards: str, output: str, **options: Any) -> None:
     help="Bits of 64 in which the perceptual hashes of duplicates may differ.",
 )
 @click.option("--report", metavar="FILE", help="Write a line for each duplicate (.jsonl).")
-@_workers
+@workers_option
 def dedup(shards: str, output: str | None, against: tuple[str, ...], **options: Any) -> None:
     """Find duplicate images in DIR by perceptual hash (pHash), and write the others to OUT."""
     from clip_data.duplicates import dedup
