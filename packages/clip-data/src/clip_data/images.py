@@ -247,8 +247,8 @@ def _decode_jpeg(data: bytes, image: Image.Image, size: tuple[int, int] | None) 
 
 
 def _resize(image: Image.Image, size: tuple[int, int], crop: bool) -> Image.Image:
-    """Lanczos where the picture grows, as img2dataset. Else Hamming, which is smoother than
-    img2dataset's areas and as wide as Pillow's bilinear."""
+    """Lanczos where the picture grows, as img2dataset. Else Hamming, of Pillow's filters the one
+    nearest to img2dataset's areas: within 0.4 levels in the mean, of a photograph."""
     width, height = image.size
     left, top = max(0, width - height) / 2 * crop, max(0, height - width) / 2 * crop
     box = (left, top, width - left, height - top)
