@@ -90,6 +90,7 @@ def test_public_names_are_these() -> None:
         "list_heads",
         "load_head",
         "load_model",
+        "profile",
         "read_class_names",
         "read_model_config",
         "read_templates",

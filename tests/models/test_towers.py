@@ -21,7 +21,7 @@ from clip_models import (
     save_model,
 )
 from clip_models.config import VisionConfig
-from clip_models.profile import profile
+from clip_models.profiles import profile
 from clip_models.weights import disk_name
 from open_clip.push_to_hf_hub import save_for_hf
 from torch import Tensor

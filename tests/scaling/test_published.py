@@ -13,7 +13,7 @@ import pytest
 from architectures import model_config, profile, published
 from check import check
 from clip_models.architectures import architecture, architecture_names
-from clip_models.profile import profile as profile_of_tool
+from clip_models.profiles import profile as profile_of_tool
 from fits import NO_LAW, describe, hold_out
 from frontier import frontier
 from law import laws

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         save_model,
     )
     from clip_models.preprocess import Preprocess
+    from clip_models.profiles import profile
     from clip_models.tokenizer import Tokenizer, tokenizer_for
     from clip_models.weights import fingerprint_of
 
@@ -44,6 +45,7 @@ _MODULES = {
     "list_heads": "heads",
     "load_head": "heads",
     "load_model": "model_dir",
+    "profile": "profiles",
     "read_class_names": "class_files",
     "read_model_config": "model_dir",
     "read_templates": "class_files",
@@ -71,6 +73,7 @@ __all__ = [
     "list_heads",
     "load_head",
     "load_model",
+    "profile",
     "read_class_names",
     "read_model_config",
     "read_templates",

@@ -31,7 +31,7 @@ def main() -> None:
 def list_() -> None:
     """List the named architectures, one JSON line each."""
     from clip_models.architectures import architecture, architecture_names
-    from clip_models.profile import profile
+    from clip_models.profiles import profile
 
     for name in architecture_names():
         click.echo(json.dumps({"name": name, **profile(architecture(name))}))

@@ -7,7 +7,7 @@ from typing import Any
 
 from clip_models.heads import list_heads, load_head
 from clip_models.model_dir import load_model
-from clip_models.profile import profile
+from clip_models.profiles import profile
 
 
 def describe_model(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from clip_models import ModelError
 
 from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
+from clip_train.recipes import RECIPES
 
 STOPPED = 3  # exit code of a run that was asked to stop and saved its state
 
@@ -51,13 +52,36 @@ def config_options() -> list[click.Parameter]:
     return options
 
 
+def _fill_in(ctx: click.Context, _: click.Parameter, name: str | None) -> None:
+    """A recipe's values take the place of the defaults, and what is said beside it theirs."""
+    if name is not None:
+        ctx.default_map = {**(ctx.default_map or {}), **RECIPES[name]._asdict()}
+
+
+RECIPE = click.Option(
+    ["--recipe"],
+    type=click.Choice(tuple(RECIPES)),
+    is_eager=True,
+    expose_value=False,
+    callback=_fill_in,
+    metavar="NAME",
+    help="A run of the paper: its model, samples seen, batch, learning rate and warm-up, where no "
+    f"option says else. One of {', '.join(RECIPES)}.",
+)
+DRY_RUN = click.Option(
+    ["--dry-run"],
+    is_flag=True,
+    help="Print what the run would be and what looks wrong, and write nothing.",
+)
+
+
 @click.command(
     cls=TrainCommand,
-    params=config_options(),
+    params=[RECIPE, *config_options(), DRY_RUN],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="clip-train")
-def main(**arguments: Any) -> None:
+def main(dry_run: bool, **arguments: Any) -> None:
     """Train a CLIP model from WebDataset shards.
 
     Run it under `accelerate launch` or torchrun for several processes. Run again with the same
@@ -72,6 +96,14 @@ def main(**arguments: Any) -> None:
     logging.basicConfig(
         level=logging.INFO if main_process else logging.WARNING, format="%(message)s"
     )
+    if dry_run:
+        from clip_train.dry_run import plan_run
+
+        plan = plan_run(config)
+        for warning in plan.warnings:
+            logging.warning("warning: %s", warning)
+        click.echo(json.dumps(asdict(plan)))
+        return
     from clip_train.loop import train
 
     summary = train(config)
