@@ -43,21 +43,30 @@ def test_threads_of_one_shard(captioned: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [None, 2])
-def test_ray_writes_the_same_bytes(captioned: Path, tmp_path: Path, workers: int | None) -> None:
+def test_ray(captioned: Path, tmp_path: Path) -> None:
+    """In one process, which does not start Ray anew for each build."""
+    import ray
+
     (captioned / "003.png").write_bytes(b"broken")
     build(captioned, tmp_path / "local", samples_per_shard=3)
-    build(captioned, tmp_path / "ray", samples_per_shard=3, engine="ray", workers=workers)
-    assert contents(tmp_path / "local") == contents(tmp_path / "ray")
-
-
-@pytest.mark.slow
-def test_too_many_bad_rows_stop_ray(captioned: Path, tmp_path: Path) -> None:
-    for number in range(5):
-        (captioned / f"00{number}.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match="of 10 rows are bad"):
-        build(captioned, tmp_path / "ray", samples_per_shard=2, engine="ray", workers=1)
-    assert not (tmp_path / "ray/manifest.json").exists()
+    build(captioned, tmp_path / "own", samples_per_shard=3, engine="ray", workers=2)
+    assert not ray.is_initialized()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    assert on_sigterm is signal.SIG_DFL
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        build(captioned, tmp_path / "theirs", samples_per_shard=3, engine="ray")
+        assert ray.is_initialized()
+        for number in range(5):
+            (captioned / f"00{number}.png").write_bytes(b"broken")
+        with pytest.raises(DataError, match="of 10 rows are bad"):
+            build(captioned, tmp_path / "bad", samples_per_shard=2, engine="ray")
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, on_sigterm)
+    assert contents(tmp_path / "local") == contents(tmp_path / "own")
+    assert contents(tmp_path / "local") == contents(tmp_path / "theirs")
+    assert not (tmp_path / "bad/manifest.json").exists()
 
 
 def test_source_and_output_may_be_urls(captioned: Path, tmp_path: Path) -> None:

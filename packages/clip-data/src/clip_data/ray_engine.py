@@ -1,6 +1,7 @@
 """The same jobs on a Ray cluster, or on a Ray of this machine where there is none."""
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ def run_jobs_on_ray(
     except ImportError as error:
         raise DataError("--engine ray needs Ray: pip install 'clip-data[ray]'") from error
     started = not ray.is_initialized()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if started:
         here: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
         ray.init(include_dashboard=False if here else None, log_to_driver=False, **here)
@@ -53,3 +55,4 @@ def run_jobs_on_ray(
             ray.cancel(reference)
         if started:
             ray.shutdown()
+            signal.signal(signal.SIGTERM, on_sigterm)  # it leaves its own
