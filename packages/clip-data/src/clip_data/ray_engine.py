@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
@@ -55,4 +56,5 @@ def run_jobs_on_ray(
             ray.cancel(reference)
         if started:
             ray.shutdown()
-            signal.signal(signal.SIGTERM, on_sigterm)  # it leaves its own
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray leaves its own
