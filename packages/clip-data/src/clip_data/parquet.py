@@ -1,4 +1,4 @@
-"""Parquet files: the one module that speaks to pyarrow, which has no types."""
+"""Parquet tables: rows of a source, and what became of them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
