@@ -88,3 +88,13 @@ def test_keys_follow_webdataset(tmp_path: Path) -> None:
         for name in ("./x/a.b.JPG", "./x/a.TXT", "x", ".hidden"):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     assert Shard(tmp_path / "0.tar").keys == ["./x/a"]
+
+
+def test_labels(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", {"a": {"cls": b"12\n"}, "b": {"cls": b"dog"}, "c": pair(0)})
+    shard = Shard(tmp_path / "0.tar")
+    assert shard.label(0) == 12
+    with pytest.raises(TrainError, match=r"\.cls holds b'dog'; expected an integer"):
+        shard.label(1)
+    with pytest.raises(TrainError, match=r"no \.cls member"):
+        shard.label(2)

@@ -19,6 +19,7 @@ from clip_train.errors import TrainError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt",)
+LABELS = ("cls",)
 
 # A list parallel to the keys: where the member lies, or None where a sample has none.
 Spans = list[tuple[int, int] | None]
@@ -37,6 +38,7 @@ class Shard:
         self.keys, members = _read_sidecar(path) or _scan(path)
         self.images = _spans(members, IMAGES, len(self.keys))
         self.captions = _spans(members, CAPTIONS, len(self.keys))
+        self.labels = _spans(members, LABELS, len(self.keys))
         self._file = path.open("rb", buffering=0)
 
     def __len__(self) -> int:
@@ -57,6 +59,14 @@ class Shard:
     def caption(self, row: int) -> bytes:
         """The caption's UTF-8. Raises OSError, or TrainError: the sample has none."""
         return self._read(self.captions, row, CAPTIONS)
+
+    def label(self, row: int) -> int:
+        """The class number. Raises OSError, or TrainError: the sample has none."""
+        text = self._read(self.labels, row, LABELS)
+        try:
+            return int(text)
+        except ValueError:
+            raise TrainError(f"its .cls holds {text[:40]!r}; expected an integer") from None
 
     def _read(self, spans: NDArray[np.int64], row: int, names: tuple[str, ...]) -> bytes:
         offset, size = int(spans[row, 0]), int(spans[row, 1])
