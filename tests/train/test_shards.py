@@ -1,5 +1,6 @@
 """Finding shards, and the byte ranges of their samples."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -98,3 +99,93 @@ def test_labels(tmp_path: Path) -> None:
         shard.label(1)
     with pytest.raises(TrainError, match=r"no \.cls member"):
         shard.label(2)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders of a shard with the same name."""
+    for folder, n in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "0.tar", {f"k{i}": pair(i) for i in range(n)})
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_several_sources(two: tuple[Path, Path], data: Path) -> None:
+    a, b = two
+    found = open_data(f"{a}::{b}/*.tar::{data}/{{00000..00001}}.tar")
+    assert found.shards == [a / "0.tar", b / "0.tar", data / "00000.tar", data / "00001.tar"]
+    assert found.shards == find_shards(f"{a}::{b}::{data}/0000[01].tar")
+    assert found.counts == [2, 3, 20, 25]
+    assert found.sources == [1, 1, 2]
+    assert found.weights is None
+
+
+def test_hash_of_one_source_is_what_it_was(data: Path) -> None:
+    """Fixed for good: runs in progress compare it."""
+    rows = [[f"{i:05}.tar", (data / f"{i:05}.tar").stat().st_size, n] for i, n in enumerate(SIZES)]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    assert open_data(str(data)).hash == f"sha256:{digest}"
+    assert open_data(f"{data}/0000[01].tar::{data}/0000[23].tar").hash == f"sha256:{digest}"
+
+
+def test_hash_knows_weights_and_grouping(two: tuple[Path, Path], data: Path) -> None:
+    a, b = two
+    hashes = {
+        open_data(f"{a}::{b}").hash,
+        open_data(f"{a}::{b}", "1::1").hash,
+        open_data(f"{a}::{b}", "2::1").hash,
+        open_data(f"{data}/0000[01].tar::{data}/0000[23].tar", "2::1").hash,
+        open_data(f"{data}/0000[012].tar::{data}/0000[3].tar", "2::1").hash,
+    }
+    assert len(hashes) == 5
+    assert open_data(f"{a}::{b}", "2::1") == open_data(f"{a}::{b}", "2.0::1.0")
+
+
+@pytest.mark.parametrize("weights", ["2", "1::2::3", "x::1", "0::1", "-1::1", "nan::1", "inf::1"])
+def test_wrong_weights(two: tuple[Path, Path], weights: str) -> None:
+    with pytest.raises(TrainError, match=f"--train-weights is '{weights}'; it must be"):
+        open_data(f"{two[0]}::{two[1]}", weights)
+
+
+def test_a_shard_twice(two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    a, _ = two
+    with pytest.raises(TrainError, match=r"names a shard 2 times: .*0\.tar"):
+        open_data(f"{a}::{a}/0.tar")
+    monkeypatch.chdir(a)
+    with pytest.raises(TrainError, match="names a shard 2 times"):
+        open_data(f"{a}::.")
+    with pytest.raises(TrainError, match="names a shard 2 times"):
+        open_data("{0,0}.tar")
+
+
+def test_empty_source(two: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="a source is empty"):
+        open_data(f"{two[0]}::")
+    write_shard(tmp_path / "empty.tar", {})
+    with pytest.raises(TrainError, match="the shards are empty"):
+        open_data(f"{two[0]}::{tmp_path}/empty.tar")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(TrainError, match="--val-data: no shards"):
+        find_shards(str(tmp_path / "none"), "--val-data")
+
+
+def test_counting_many_tars_shows_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(101):
+        write_shard(tmp_path / f"{number:03}.tar", {})
+    write_shard(tmp_path / "000.tar", {"k": {"jpg": b"x", "txt": b"y"}})
+    with caplog.at_level("INFO", "clip_train"):
+        open_data(f"{tmp_path}/00*.tar")
+        assert caplog.messages == []
+        open_data(str(tmp_path))
+    assert caplog.messages == [f"no sizes.json: {n} of 101 shards counted" for n in (0, 100)]
+
+
+def test_manifests_of_all_folders(two: tuple[Path, Path]) -> None:
+    a, b = two
+    assert open_data(f"{a}::{b}").manifest_hash is None
+    (a / "manifest.json").write_text("{}")
+    assert open_data(str(a)).manifest_hash == f"sha256:{hashlib.sha256(b'{}').hexdigest()}"
+    (b / "manifest.json").write_text("[]")
+    assert open_data(f"{a}::{b}").manifest_hash == f"sha256:{hashlib.sha256(b'{}[]').hexdigest()}"

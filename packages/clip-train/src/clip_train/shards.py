@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import logging
+import math
 import os
 import re
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob
@@ -17,9 +20,13 @@ from numpy.typing import NDArray
 
 from clip_train.errors import TrainError
 
+logger = logging.getLogger(__name__)
+
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt",)
 LABELS = ("cls",)
+
+_MANY = 100  # shards to count, from which on it shows in the log
 
 # A list parallel to the keys: where the member lies, or None where a sample has none.
 Spans = list[tuple[int, int] | None]
@@ -122,29 +129,41 @@ def _scan(tar: Path) -> tuple[list[str], dict[str, Spans]]:
 
 @dataclass(frozen=True)
 class Data:
-    """The shards to train on."""
+    """The shards to train on, one source after another."""
 
     shards: list[Path]
     counts: list[int]  # samples in each
-    hash: str  # of the shards' names, bytes and samples, in order: two runs on the same data agree
+    sources: list[int]  # shards in each
+    weights: list[float] | None  # of each source: how often its samples are drawn; None: equally
+    # of the shards' names, bytes and samples, in order, and of the sources where they have weights:
+    # two runs on the same data agree
+    hash: str
     manifest_hash: str | None  # sha256 of clip-data's manifest.json; None where there is none
 
 
-def open_data(train_data: str) -> Data:
-    """Find and count what `--train-data` stands for.
+def open_data(train_data: str, train_weights: str = "") -> Data:
+    """Find and count what `--train-data` stands for, and read `--train-weights`.
 
     Raises:
-        TrainError: no shards, or no image-caption pair in them.
+        TrainError: a source without shards or without an image-caption pair, a shard twice, factors
+            that are no positive numbers, or not one for each source.
     """
-    shards = find_shards(train_data)
-    counts = count_samples(shards)
+    groups = find_sources(train_data)
+    weights = _read_weights(train_weights, len(groups)) if train_weights else None
+    shards = [shard for group in groups for shard in group]
+    counts = [count for group in groups for count in count_samples(group)]
+    sources = [len(group) for group in groups]
     rows = [[s.name, s.stat().st_size, n] for s, n in zip(shards, counts, strict=True)]
-    manifest = shards[0].parent / "manifest.json"
+    content = rows if weights is None else [rows, sources, weights]
+    manifests = [folder / "manifest.json" for folder in dict.fromkeys(s.parent for s in shards)]
+    found = [manifest.read_bytes() for manifest in manifests if manifest.exists()]
     return Data(
         shards,
         counts,
-        _sha256(json.dumps(rows).encode()),
-        _sha256(manifest.read_bytes()) if manifest.exists() else None,
+        sources,
+        weights,
+        _sha256(json.dumps(content).encode()),
+        _sha256(b"".join(found)) if found else None,
     )
 
 
@@ -152,27 +171,54 @@ def _sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def find_shards(train_data: str) -> list[Path]:
-    """The tars that a directory, a brace pattern or a glob stands for, in name order.
+def _read_weights(train_weights: str, sources: int) -> list[float]:
+    option = f"--train-weights is {train_weights!r}; it must be"
+    try:
+        weights = [float(factor) for factor in train_weights.split("::")]
+    except ValueError:
+        raise TrainError(f"{option} numbers joined by '::', as 2::1") from None
+    if not all(0 < weight < math.inf for weight in weights):
+        raise TrainError(f"{option} numbers above 0; leave out a source that is not wanted")
+    if len(weights) != sources:
+        raise TrainError(f"{option} one number for each of the {sources} sources of --train-data")
+    return weights
+
+
+def find_shards(data: str, option: str = "--train-data") -> list[Path]:
+    """The tars of all sources of `find_sources`, one source after another."""
+    return [shard for source in find_sources(data, option) for shard in source]
+
+
+def find_sources(data: str, option: str = "--train-data") -> list[list[Path]]:
+    """The tars of each of the sources joined by '::', in name order.
+
+    A source is a directory, a brace pattern or a glob.
 
     Raises:
-        TrainError: none, or a file of a brace pattern is missing.
+        TrainError: a source without any, a file of a brace pattern is missing, or a shard twice.
     """
-    if os.path.isdir(train_data):
-        paths = sorted(Path(train_data).glob("*.tar"))
+    sources = [_find_source(source, option) for source in data.split("::")]
+    paths = Counter(os.path.abspath(shard) for source in sources for shard in source)
+    shard, times = paths.most_common(1)[0]
+    if times > 1:
+        raise TrainError(f"{option}: {data} names a shard {times} times: {shard}; name it once")
+    return sources
+
+
+def _find_source(source: str, option: str) -> list[Path]:
+    if not source:
+        raise TrainError(f"{option}: a source is empty; expected a folder, or several: A::B")
+    if os.path.isdir(source):
+        paths = sorted(Path(source).glob("*.tar"))
     else:
         paths: list[Path] = []
-        for pattern in expand_braces(train_data):
+        for pattern in expand_braces(source):
             matches = sorted(glob(pattern))
             if not matches:
-                raise TrainError(f"--train-data: no file {pattern}; expected a shard (.tar)")
+                raise TrainError(f"{option}: no file {pattern}; expected a shard (.tar)")
             paths += map(Path, matches)
     if not paths:
-        raise TrainError(
-            f"--train-data: no shards (*.tar) in {train_data}; build them: clip-data build"
-        )
-    if len(set(paths)) < len(paths):
-        raise TrainError(f"--train-data: {train_data} names a shard twice")
+        raise TrainError(f"{option}: no shards (*.tar) in {source}; build them: clip-data build")
     return paths
 
 
@@ -191,19 +237,21 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def count_samples(shards: list[Path]) -> list[int]:
-    """Samples in each shard: from `sizes.json` beside it, else counted in the tar.
+    """Samples in each shard of a source: from `sizes.json` beside it, else counted in the tar.
 
     Raises:
         TrainError: the first shard that is not empty holds no image-caption pair.
     """
     sizes: dict[Path, dict[str, int]] = {}
-    counts: list[int] = []
-    for shard in shards:
-        folder = shard.parent
-        if folder not in sizes:
-            file = folder / "sizes.json"
-            sizes[folder] = json.loads(file.read_text()) if file.exists() else {}
-        counts.append(sizes[folder].get(shard.name) or len(open_shard(shard)))
+    for folder in {shard.parent for shard in shards}:
+        file = folder / "sizes.json"
+        sizes[folder] = json.loads(file.read_text()) if file.exists() else {}
+    counts = [sizes[shard.parent].get(shard.name, 0) for shard in shards]
+    unknown = [number for number, count in enumerate(counts) if not count]
+    for done, number in enumerate(unknown):
+        if len(unknown) > _MANY and done % _MANY == 0:
+            logger.info("no sizes.json: %d of %d shards counted", done, len(unknown))
+        counts[number] = len(open_shard(shards[number]))
     filled = next((s for s, count in zip(shards, counts, strict=True) if count), None)
     if filled is None:
         raise TrainError(
