@@ -1,0 +1,51 @@
+"""One of several processes that validate the same model: what each found, as RANK.json."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from clip_models import CLIP, Preprocess, Tokenizer, architecture
+from clip_train import TrainConfig
+from clip_train.validate import Validator
+
+
+def config(**changed: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model": "XS",
+        "train_data": "",
+        "output": Path(),
+        "samples_seen": 96,
+        "batch_size": 16,
+        "warmup": 0,
+        "workers": 0,
+    }
+    return TrainConfig(**(values | {k: str(v) if "_data" in k else v for k, v in changed.items()}))
+
+
+def validator(autocast: torch.dtype | None = None, **changed: Any) -> Validator:
+    accelerator = Accelerator(mixed_precision="no")
+    return Validator(config(**changed), Preprocess(64), Tokenizer(), accelerator, autocast=autocast)
+
+
+def random_model(bias: float | None = None) -> CLIP:
+    """Weights of four times the usual spread, so that embeddings differ."""
+    torch.manual_seed(0)
+    values = architecture("XS").to_dict() | {"init_logit_bias": bias}
+    model = CLIP(type(architecture("XS")).from_dict(values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter *= 4
+    return model.train()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    pairs, labelled = sys.argv[1:]
+    subject = validator(val_data=pairs, zeroshot_data=labelled)
+    values = subject.run(random_model())
+    (Path(pairs) / f"{subject.accelerator.process_index}.json").write_text(json.dumps(values))
+    subject.accelerator.end_training()
