@@ -181,7 +181,7 @@ def test_an_error_in_a_step_ends_the_run_with_its_workers(data: Path, tmp_path: 
     code = (
         "import sys, clip_train.loop\n"
         "def fail(*args, **kwargs): raise RuntimeError('a bug')\n"
-        "clip_train.loop.train_step = fail\n"
+        "clip_train.loop.Stepper.step = fail\n"
         "from clip_train.cli import main\n"
         "main(sys.argv[1:])"
     )

@@ -45,7 +45,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def rows(run: Path) -> list[metrics.Row]:
-    timed = ("samples_per_second", "data_wait")
+    timed = ("samples_per_second", "samples_per_second_per_device", "tflops", "data_wait")
     return [{k: v for k, v in row.items() if k not in timed} for row in metrics.read_rows(run)]
 
 
@@ -71,13 +71,13 @@ def test_what_a_run_leaves(data: Path, uninterrupted: Path) -> None:
         "loss.png", "metrics.jsonl", "model", "run.json", "state",
     ]  # fmt: skip
     assert [p.name for p in sorted((uninterrupted / "state").iterdir())] == [
-        "step-00000004", "step-00000008",
+        "step-00000008", "step-00000012",
     ]  # fmt: skip
     found = metrics.read_rows(uninterrupted)
     assert [row["step"] for row in found] == list(range(1, 13))
     assert list(found[0]) == [
-        "step", "samples", "loss", "lr", "logit_scale", "grad_norm", "unreadable", "order_hash",
-        "samples_per_second", "data_wait",
+        "step", "samples", "loss", "lr", "logit_scale", "grad_norm", "unreadable", "skipped",
+        "order_hash", "samples_per_second", "samples_per_second_per_device", "tflops", "data_wait",
     ]  # fmt: skip
     assert found[-1]["loss"] < found[0]["loss"]
     loaded = load_model(uninterrupted / "model")
@@ -103,8 +103,8 @@ def test_sigterm_then_resume(
     run = tmp_path / "run"
     append = metrics.append
 
-    def signalling(path: Path, row: metrics.Row) -> None:
-        append(path, row)
+    def signalling(path: Path, row: metrics.Row, name: str) -> None:
+        append(path, row, name)
         if row["step"] == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -126,8 +126,8 @@ def test_crash_then_resume(
     run = tmp_path / "run"
     append = metrics.append
 
-    def dying(path: Path, row: metrics.Row) -> None:
-        append(path, row)
+    def dying(path: Path, row: metrics.Row, name: str) -> None:
+        append(path, row, name)
         if row["step"] == die_at:
             with (path / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 8, "los')

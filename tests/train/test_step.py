@@ -9,16 +9,10 @@ import pytest
 import torch
 from clip_models import CLIP, ModelConfig, architecture
 from clip_train import TrainConfig, TrainError
-from clip_train.step import (
-    MAX_LOGIT_SCALE,
-    decays,
-    learning_rate,
-    make_loss,
-    make_optimizer,
-    train_step,
-)
+from clip_train.optimizers import decays, make_optimizer
+from clip_train.step import MAX_LOGIT_SCALE, Stepper, learning_rate
 from open_clip.loss import SigLipLoss
-from open_clip_train.scheduler import cosine_lr
+from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
 TIMM = {
     "embed_dim": 16,
@@ -39,11 +33,31 @@ def config(**changed: object) -> TrainConfig:
     return TrainConfig(**(values | changed))  # pyright: ignore[reportArgumentType]
 
 
+def make_stepper(
+    model: CLIP, settings: TrainConfig, autocast: torch.dtype | None = None
+) -> Stepper:
+    optimizer = make_optimizer(model, settings)
+    return Stepper(model, model, optimizer, settings, normalize=lambda x: x, autocast=autocast)
+
+
 def test_schedule_is_open_clips() -> None:
     ours = config(lr=3e-4)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     theirs = cosine_lr(optimizer, 3e-4, 7, ours.steps)
-    assert [learning_rate(s, ours) for s in range(50)] == [theirs(s) for s in range(50)]
+    assert [learning_rate(s, 50, ours) for s in range(50)] == [theirs(s) for s in range(50)]
+
+
+@pytest.mark.parametrize("cooldown", [0, 11])
+def test_constant_schedule_is_open_clips(cooldown: int) -> None:
+    ours = config(lr=3e-4, schedule="constant", cooldown=cooldown)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = (
+        const_lr_cooldown(optimizer, 3e-4, 7, 50, cooldown)
+        if cooldown
+        else const_lr(optimizer, 3e-4, 7, 50)
+    )
+    found = [learning_rate(s, 50, ours) for s in range(50)]
+    assert found == pytest.approx([theirs(s) for s in range(50)], rel=1e-12)
 
 
 @pytest.mark.parametrize("values", ["XS", TIMM], ids=["vit", "timm"])
@@ -55,9 +69,10 @@ def test_weight_decay_groups_are_open_clips(values: object) -> None:
 
     for name, parameter in model.named_parameters():
         assert decays(name, parameter) != excluded(name, parameter), name
-    decayed, free = make_optimizer(model, config()).param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
-    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    groups = make_optimizer(model, config()).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0, 0.0]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert [len(p.shape) for p in groups[2]["params"]] == [0]  # the logit scale
 
 
 @pytest.mark.parametrize("bias", [None, -10.0], ids=["clip", "siglip"])
@@ -67,18 +82,15 @@ def test_step_equals_plain_torch_and_open_clips_loss(bias: float | None) -> None
     ours, theirs = CLIP(model), CLIP(model)
     theirs.load_state_dict(ours.state_dict())
     settings = config(lr=1e-3, grad_clip=0.5, warmup=0)
-    optimizer = make_optimizer(ours, settings)
+    stepper = make_stepper(ours, settings)
     groups = [{**g, "fused": False} for g in make_optimizer(theirs, settings).param_groups]
     plain = torch.optim.AdamW(groups, fused=False, foreach=False)
     loss_of = open_clip.ClipLoss() if bias is None else SigLipLoss()
     for step in range(5):
         images = torch.randn(6, 3, 64, 64)
         tokens = open_clip.tokenize([f"number {step} {i}" for i in range(6)])
-        lr = learning_rate(step, settings)
-        update = train_step(
-            ours, ours, make_loss(ours, 1), optimizer, images, tokens,
-            lr=lr, grad_clip=0.5, bf16=False,
-        )  # fmt: skip
+        lr = learning_rate(step, settings.steps, settings)
+        update = stepper.step(images, tokens, lr=lr, seed=0)
         loss = loss_of(*theirs(images, tokens))
         plain.zero_grad()
         loss.backward()
@@ -93,14 +105,11 @@ def test_step_equals_plain_torch_and_open_clips_loss(bias: float | None) -> None
 
 def test_logit_scale_stays_in_range() -> None:
     model = CLIP(architecture("XS"))
-    optimizer = make_optimizer(model, config())
+    stepper = make_stepper(model, config(), torch.bfloat16)
     images, tokens = torch.randn(4, 3, 64, 64), open_clip.tokenize(list("abcd"))
     for start, end in ((9.0, MAX_LOGIT_SCALE), (-1.0, 0.0)):
         model.logit_scale.data.fill_(start)
-        train_step(
-            model, model, make_loss(model, 1), optimizer, images, tokens,
-            lr=1e-9, grad_clip=0, bf16=True,
-        )  # fmt: skip
+        stepper.step(images, tokens, lr=1e-9, seed=0)
         assert model.logit_scale.item() == pytest.approx(end)
     assert model.logit_scale.dtype == torch.float32
     assert math.exp(MAX_LOGIT_SCALE) == pytest.approx(100)

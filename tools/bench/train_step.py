@@ -23,7 +23,8 @@ import open_clip
 import torch
 from clip_models import CLIP, Preprocess, save_model
 from clip_train.config import TrainConfig
-from clip_train.step import MAX_LOGIT_SCALE, make_loss, make_optimizer, train_step
+from clip_train.optimizers import make_optimizer
+from clip_train.step import MAX_LOGIT_SCALE, Stepper
 from interleaved import compare
 from open_clip.loss import ClipLoss
 from torch import Tensor
@@ -50,23 +51,21 @@ def captions(count: int, vocabulary: int, length: int, seed: int) -> Tensor:
     return torch.where(position > last, 0, tokens)
 
 
-def our_step(model: CLIP, device: str, bf16: bool, batch_size: int) -> Step:
+def our_step(model: CLIP, bf16: bool, batch_size: int) -> Step:
     """clip-train's step."""
     config = TrainConfig(
         model="", train_data="", output=Path(), samples_seen=batch_size, batch_size=batch_size,
         lr=LEARNING_RATE, warmup=0,
     )  # fmt: skip
     optimizer = make_optimizer(model, config)
-    loss = make_loss(model, world=1)
+    autocast = torch.bfloat16 if bf16 else None
+    stepper = Stepper(
+        model, model, optimizer, config, normalize=lambda pixels: pixels, autocast=autocast
+    )
 
     def step(images: Tensor, tokens: Tensor) -> Tensor:
-        images = images.to(device, non_blocking=True)
-        tokens = tokens.to(device, non_blocking=True)
-        update = train_step(
-            model, model, loss, optimizer, images, tokens,
-            lr=LEARNING_RATE, grad_clip=0.0, bf16=bf16,
-        )  # fmt: skip
-        return update.loss
+        images = images.to(stepper.device, non_blocking=True)
+        return stepper.step(images, tokens, lr=LEARNING_RATE, seed=0).loss
 
     return step
 
@@ -143,7 +142,7 @@ def main(
         images, tokens = images.pin_memory(), tokens.pin_memory()
     batches = list(zip(images.split(batch_size), tokens.split(batch_size), strict=True))
     bf16 = precision == "bf16"
-    step_ours = our_step(model, device, bf16, batch_size)
+    step_ours = our_step(model, bf16, batch_size)
     step_theirs = their_step(theirs, device, bf16)
 
     # These steps warm up as well. The second loss depends on the first step's gradients and update.

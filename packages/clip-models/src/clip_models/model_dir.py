@@ -12,7 +12,7 @@ written. Reading is strict: open_clip gives a random model where weights are mis
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -146,6 +146,7 @@ def save_model(
     preprocess: Preprocess,
     provenance: dict[str, Any] | None = None,
     tokenizer: Tokenizer | HFTokenizer | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model directory, whole or not at all.
 
@@ -156,6 +157,8 @@ def save_model(
         provenance: how the model came to be; must be JSON.
         tokenizer: the model's; its files are written where it is a Hugging Face one, and CLIP's
             need not be given.
+        state: weights to write in place of the model's own, by the names of its state dict: an
+            average of them, or what the shards of several processes come to.
 
     Raises:
         ModelError: `path` exists, or no tokenizer is given and the model's is a Hugging Face one.
@@ -168,12 +171,12 @@ def save_model(
         "preprocess_cfg": {"size": preprocess.size, **asdict(preprocess.config)},
         "provenance": {"clip_models": version("clip-models"), **(provenance or {})},
     }
-    state = {
+    weights = {
         disk_name(name, model.config): tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in (model.state_dict() if state is None else state).items()
     }
     with new_directory(path) as temporary:
-        save_file(state, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.save(temporary)
         if model.config.text_cfg.hf_model_name is not None:

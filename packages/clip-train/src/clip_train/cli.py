@@ -5,6 +5,7 @@ import logging
 import os
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -34,18 +35,21 @@ def config_options() -> list[click.Parameter]:
     options: list[click.Parameter] = []
     for field in fields(TrainConfig):
         kind, text = get_args(hints[field.name])
+        if isinstance(kind, UnionType):  # or None, which is the default
+            kind = get_args(kind)[0]
         if get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
         elif kind is Path:
             kind = click.Path(path_type=Path, file_okay=False)
-        required = field.default is MISSING
+        required, default = field.default is MISSING, field.default
         options.append(
             click.Option(
                 ["--" + field.name.replace("_", "-")],
                 type=kind,
+                is_flag=kind is bool,
                 required=required,
-                default=None if required else field.default,
-                show_default=not required,
+                default=None if required else default,
+                show_default=default not in (MISSING, None, "", False),
                 help=text,
             )
         )

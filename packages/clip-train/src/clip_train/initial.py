@@ -1,6 +1,7 @@
 """The model a run starts from: an architecture with random weights, or a model directory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from clip_models import (
     tokenizer_for,
 )
 
+from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
 
 
@@ -40,21 +42,39 @@ def describe_initial(model: str) -> dict[str, Any] | str:
     return _config(model).to_dict()
 
 
-def build_initial(model: str, seed: int) -> Initial:
-    """Random weights from `seed`, initialised as open_clip does, or a model directory's.
+def build_initial(config: TrainConfig) -> Initial:
+    """Random weights from --seed, initialised as open_clip does, or a model directory's.
 
     A Hugging Face text model starts with its own weights unless hf_model_pretrained is false.
+    Towers are locked, given patch dropout and set to recompute as the configuration says.
     """
-    if Path(model).is_dir():
-        loaded = load_model(model)
+    if Path(config.model).is_dir():
+        loaded = load_model(config.model)
         clip, preprocess, tokenizer = loaded.model, loaded.preprocess, loaded.tokenizer
+        if config.patch_dropout is not None:
+            towers = _with_patch_dropout(loaded.config, config.patch_dropout)
+            patched = CLIP(towers, getattr(clip.text, "hf_config", None))
+            patched.load_state_dict(clip.state_dict())
+            clip = patched
     else:
-        config = _config(model)
-        tokenizer = tokenizer_for(config)
-        torch.manual_seed(seed)
-        clip = CLIP(config)
-        preprocess = Preprocess(config.vision_cfg.image_size)
-    return Initial(clip, preprocess, tokenizer)
+        towers = _with_patch_dropout(_config(config.model), config.patch_dropout)
+        tokenizer = tokenizer_for(towers)
+        torch.manual_seed(config.seed)
+        clip = CLIP(towers)
+        preprocess = Preprocess(towers.vision_cfg.image_size)
+    if config.lock_image is not None:
+        clip.lock_image_tower(config.lock_image)
+    if config.lock_text is not None:
+        clip.lock_text_tower(config.lock_text)
+    if config.grad_checkpointing:
+        clip.set_grad_checkpointing()
+    return Initial(clip.train(), preprocess, tokenizer)
+
+
+def _with_patch_dropout(towers: ModelConfig, share: float | None) -> ModelConfig:
+    if share is None:
+        return towers
+    return replace(towers, vision_cfg=replace(towers.vision_cfg, patch_dropout=share))
 
 
 def _config(model: str) -> ModelConfig:

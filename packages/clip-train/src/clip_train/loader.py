@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip_train.errors import TrainError
-from clip_train.order import Order, derive_seed
+from clip_train.order import Stream, derive_seed
 from clip_train.shards import Shard, open_shard
 
 MAX_REPLACED = 100  # unreadable samples in a row after which the disk, not a sample, is broken
@@ -39,15 +39,21 @@ class Batches(Dataset[Batch]):
     def __init__(
         self,
         shards: list[Path],
-        order: Order,
+        order: Stream,
         preprocess: Preprocess,
         tokenizer: Tokenizer | HFTokenizer,
         *,
         batch_size: int,
         rank: int,
         world: int,
+        first: tuple[int, int] = (0, 0),
     ) -> None:
-        """Args: batch_size: of all `world` processes together, a multiple of it."""
+        """Where the stream and this process stand.
+
+        Args:
+            batch_size: of all `world` processes together, a multiple of it.
+            first: a step, and the place in the stream at which its batch starts.
+        """
         self.shards = shards
         self.order = order
         self.preprocess = preprocess
@@ -55,12 +61,24 @@ class Batches(Dataset[Batch]):
         self.batch_size = batch_size
         self.rank = rank
         self.share = batch_size // world
+        self.first = first
+
+    def start(self, step: int) -> int:
+        """The place in the stream at which the global batch of a step starts."""
+        first_step, first_place = self.first
+        return first_place + (step - first_step) * self.batch_size
+
+    def names(self, step: int) -> list[str]:
+        """The samples of a step's global batch, as messages call them."""
+        start = self.start(step)
+        found = map(self._find, self.order.samples(start, start + self.batch_size).tolist())
+        return [shard.name(row) for shard, row in found]
 
     def __getitem__(self, step: int) -> Batch:
         images: list[Tensor] = []
         captions: list[str] = []
         unreadable: list[str] = []
-        start = step * self.batch_size + self.rank * self.share
+        start = self.start(step) + self.rank * self.share
         try:
             for position in range(start, start + self.share):
                 image, caption = self._pair(position, unreadable)
@@ -111,8 +129,11 @@ def choose_caption(text: bytes, seed: int) -> str:
 
 
 def load(batches: Batches, steps: range, workers: int, device: torch.device) -> Iterator[Batch]:
-    """The batches of `steps`, in order, decoded ahead by `workers` processes."""
-    return iter(
+    """The batches of `steps`, in order, decoded ahead by `workers` processes.
+
+    A worker that died or does not answer is the failure of a batch, the last.
+    """
+    ahead = iter(
         DataLoader(
             batches,
             batch_size=None,  # `batches` makes whole batches
@@ -123,6 +144,14 @@ def load(batches: Batches, steps: range, workers: int, device: torch.device) -> 
             timeout=STALLED if workers else 0,
         )
     )
+    for _ in steps:
+        try:
+            batch = next(ahead)
+        except RuntimeError as error:
+            nothing = torch.empty(0)
+            yield Batch(nothing, nothing, [], failure=f"the data loader failed: {error}")
+            return
+        yield batch
 
 
 def _ignore_signals(_worker: int) -> None:

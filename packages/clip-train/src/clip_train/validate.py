@@ -110,9 +110,8 @@ class Validator:
         readable: list[Tensor] = []
         with closing(self._read(self.pairs, self.tokenizer, progress)) as reads:
             for read in reads:
-                tokens_bL = read.tokens_bL.to(self.accelerator.device, non_blocking=True)
-                with self._autocast():
-                    output = model(self._pixels(read), tokens_bL)
+                with self._autocast():  # tokens stay on the CPU: the text tower packs them there
+                    output = model(self._pixels(read), read.tokens_bL)
                 images.append(output.image_features_BE.float())
                 texts.append(output.text_features_BE.float())
                 readable.append(read.readable_b)
@@ -156,9 +155,7 @@ class Validator:
         means: list[Tensor] = []
         for tokens_PL in self.prompts:
             with self._autocast():
-                prompts_PE = model.encode_text(
-                    tokens_PL.to(self.accelerator.device, non_blocking=True), normalize=True
-                )
+                prompts_PE = model.encode_text(tokens_PL, normalize=True)
             means.append(prompts_PE.float().unflatten(0, (-1, templates)).mean(1))
             progress.update()
         return F.normalize(self._gather(means, classes), dim=-1)
@@ -196,10 +193,10 @@ class Validator:
         tokenizer: Tokenizer | HFTokenizer | None,
         progress: "tqdm[Any]",
     ) -> Generator[Read]:
-        """This process's share. To be closed: its workers ignore SIGTERM, and would outlive it."""
+        """This process's share; to be closed, as `read_ahead`."""
         reader = Reader(samples, self.preprocess, tokenizer)
-        parts = self._share(len(samples))
-        for read in read_ahead(reader, parts, self.config.workers, self.accelerator.device):
+        parts, device = self._share(len(samples)), self.accelerator.device
+        for read in read_ahead(reader, parts, self.config.workers, device):
             for line in read.unreadable:
                 if line not in self._named:
                     logger.warning("unreadable sample left out of validation: %s", line)

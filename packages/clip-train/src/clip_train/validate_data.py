@@ -3,7 +3,7 @@
 # b samples read together, N samples of a set, S image size, L context length
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clip_train.errors import TrainError
 from clip_train.loader import STALLED, choose_caption
-from clip_train.shards import open_data, open_shard
+from clip_train.shards import find_shards, open_shard
 
 
 class Sample(NamedTuple):
@@ -49,10 +49,12 @@ def open_pairs(val_data: str) -> list[Sample]:
     Raises:
         TrainError: no shards, or no image-caption pair in them.
     """
-    try:
-        return _samples(open_data(val_data).shards)
-    except TrainError as error:
-        raise TrainError(str(error).replace("--train-data", "--val-data")) from error
+    shards = find_shards(val_data, "--val-data")
+    if not any(open_shard(shard).pairs() for shard in shards):
+        raise TrainError(
+            f"--val-data: no image-caption pair in {val_data}; build its shards: clip-data build"
+        )
+    return _samples(shards)
 
 
 def open_labelled_set(path: str) -> LabelledSet:
@@ -155,20 +157,28 @@ class Reader(Dataset[Read]):
 
 def read_ahead(
     reader: Reader, parts: list[list[int]], workers: int, device: torch.device
-) -> Iterator[Read]:
-    """What `reader` finds at each list of positions, in order, decoded ahead by `workers`."""
-    return iter(
-        DataLoader(
-            reader,
-            batch_size=None,  # `parts` are whole batches
-            sampler=parts,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-            timeout=STALLED if workers else 0,
-            generator=torch.Generator(),  # not training's random numbers
-        )
+) -> Generator[Read]:
+    """What `reader` finds at each list of positions, in order, decoded ahead by `workers`.
+
+    To be closed: workers ignore SIGTERM, and one that is left keeps the process from ending.
+
+    Raises:
+        TrainError: a worker died or does not answer.
+    """
+    loader = DataLoader(
+        reader,
+        batch_size=None,  # `parts` are whole batches
+        sampler=parts,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        timeout=STALLED if workers else 0,
+        generator=torch.Generator(),  # not training's random numbers
     )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise TrainError(f"validation: the data loader failed: {error}") from error
 
 
 def _ignore_signals(_worker: int) -> None:
