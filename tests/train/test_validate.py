@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,9 @@ def test_unreadable_images_of_a_labelled_set(tmp_path: Path) -> None:
 def test_errors_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match=r"^--val-data: no file"):
         validator(val_data=tmp_path / "none.tar")
+    write_shard(tmp_path / "captions.tar", {"a": {"txt": b"a dog"}})
+    with pytest.raises(TrainError, match=r"^--val-data: no image-caption pair"):
+        validator(val_data=tmp_path / "captions.tar")
     for label, problem in (
         (7, "the label is 7; expected 0 to 6, a line of classnames.txt"),
         (-1, "the label is -1; expected 0 to 6"),
@@ -246,6 +250,12 @@ def test_a_failure_leaves_no_worker(data: Path) -> None:
         validator(val_data=data, workers=1).run(model)
     assert caught.traceback
     assert not multiprocessing.active_children()
+
+
+def test_a_lost_worker_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clip_train.validate_data.choose_caption", lambda *_: os._exit(1))
+    with pytest.raises(TrainError, match="the data loader failed: DataLoader worker"):
+        validator(val_data=data, workers=1).run(random_model())
 
 
 @pytest.mark.slow
