@@ -1,4 +1,4 @@
-"""One of several processes that validate the same model: what each found, as RANK.json."""
+"""One of several processes that validate a model, whole and sharded; each writes RANK.json."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from clip_models import CLIP, Preprocess, Tokenizer, architecture
 from clip_train import TrainConfig
+from clip_train.sharding import is_sharded, shard
 from clip_train.validate import Validator
 
 
@@ -46,6 +47,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     pairs, labelled = sys.argv[1:]
     subject = validator(val_data=pairs, zeroshot_data=labelled)
-    values = subject.run(random_model())
+    whole, sharded = random_model(), random_model()
+    shard(sharded, subject.accelerator.device)
+    values = [subject.run(whole), subject.run(sharded), subject.run(sharded)]
+    assert all(is_sharded(p) for p in sharded.parameters() if p.ndim)
     (Path(pairs) / f"{subject.accelerator.process_index}.json").write_text(json.dumps(values))
     subject.accelerator.end_training()

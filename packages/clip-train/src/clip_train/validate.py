@@ -76,7 +76,10 @@ class Validator:
     def run(self, model: CLIP) -> dict[str, float]:
         """Evaluate; every process must call this, and gets the same values.
 
-        The model is left in the mode it was in. On `--val-data`, for the pairs in stored order,
+        The model is left in the mode it was in. Its towers are called one by one, which runs them
+        as they are: a compiled model would be compiled again, for evaluation and for odd shapes.
+
+        On `--val-data`, for the pairs in stored order,
         with the first line of a caption of several:
 
             val_loss                    mean over whole batches of `batch_size` pairs (over all
@@ -110,10 +113,12 @@ class Validator:
         readable: list[Tensor] = []
         with closing(self._read(self.pairs, self.tokenizer, progress)) as reads:
             for read in reads:
-                with self._autocast():  # tokens stay on the CPU: the text tower packs them there
-                    output = model(self._pixels(read), read.tokens_bL)
-                images.append(output.image_features_BE.float())
-                texts.append(output.text_features_BE.float())
+                with self._autocast():
+                    image_bE = model.encode_image(self._pixels(read), normalize=True)
+                    # tokens stay on the CPU: the text tower packs them there
+                    text_bE = model.encode_text(read.tokens_bL, normalize=True)
+                images.append(image_bE.float())
+                texts.append(text_bE.float())
                 readable.append(read.readable_b)
         good_N = self._good(readable, len(self.pairs), "--val-data")
         image_NE = self._gather(images, len(self.pairs))[good_N]
