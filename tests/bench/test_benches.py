@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 BENCH = Path(__file__).parents[2] / "tools" / "bench"
 SMALL = {
@@ -15,6 +16,7 @@ SMALL = {
     # large enough to show in the memory of a process
     "loss": ["--rows", "3072", "--large-rows", "0", "--sigmoid-rows", "3072", "--width", "256"],
     "preprocess": ["--images", "4", "--repeat", "1", "--batch-size", "4"],
+    "train_loop": ["--architecture", "XS", "--batch-size", "4", "--steps", "1"],
     "train_step": ["--architecture", "XS", "--batch-size", "4", "--steps", "1"],
     "zero_shot_head": ["--architecture", "XS", "--classes", "2"],
 }
@@ -29,17 +31,47 @@ def ratios(report: Any) -> list[float]:
 
 
 def test_every_benchmark_is_here() -> None:
-    assert {file.stem for file in BENCH.glob("*.py")} == {*SMALL, "interleaved"}
+    others = {"interleaved", "open_clip_trainer", "train_accuracy"}
+    assert {file.stem for file in BENCH.glob("*.py")} == {*SMALL, *others}
+
+
+def report_of(script: str, *arguments: object) -> Any:
+    command = [sys.executable, BENCH / script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmark_reports_a_ratio(name: str) -> None:
     """The script compares results before it times them, so that this is a check of these too."""
-    command = [sys.executable, BENCH / f"{name}.py", *SMALL[name], "--rounds", "1"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    found = ratios(report)
+    found = ratios(report_of(f"{name}.py", *SMALL[name], "--rounds", 1))
     assert found
     assert all(ratio > 0 for ratio in found)
+
+
+@pytest.mark.slow
+def test_loop_beside_its_step() -> None:
+    report = report_of("train_loop.py", *SMALL["train_loop"], "--peer", "step", "--rounds", 1)
+    assert set(report["overhead"]) == {"ours", "ours, batches in memory"}
+
+
+@pytest.mark.slow
+def test_accuracy_of_both_trainers(tmp_path: Path) -> None:
+    """Two classes in two colours, captions of two lines; each trainer takes two steps."""
+    for number in range(16):
+        label = ("red", "blue")[number % 2]
+        for folder in (captioned := tmp_path / "captioned", tmp_path / "classes" / label):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), label).save(folder / f"{number}.png")
+        (captioned / f"{number}.txt").write_text(f"{label}\na {label} square")
+    for words in ("captioned shards", "classes sets/colours --split test"):
+        source, output, *options = words.split()
+        command = [Path(sys.executable).with_name("clip-data"), "build"]
+        subprocess.run([*command, tmp_path / source, tmp_path / output, *options], check=True)
+    few = ["--samples", 16, "--batch-size", 8, "--warmup", 1]
+    report = report_of("train_accuracy.py", tmp_path, tmp_path / "out", *few)
+    for found in report["sides"].values():
+        assert found["colours/test"] == found["mean"]
+        assert 0 <= found["mean"][0] <= 1

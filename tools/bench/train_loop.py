@@ -15,7 +15,7 @@ the model are left out on both sides. Memory is the sum, over a command's proces
 that each had resident (VmHWM); what loaders share with their parent counts twice.
 
 --peer step stays in one process: `clip_train.train` with its loader beside it, the same on batches
-in memory, and `train_step` alone on the same batches, normalised before.
+in memory, and the step alone on the same batches, normalised before.
 """
 
 import json
@@ -213,10 +213,12 @@ def against_open_clip(setting: Setting, rounds: int, arguments: dict[str, Any]) 
 
 def against_step(setting: Setting, rounds: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """The loop and the step that it takes, in this process."""
+    import torch
     from clip_models import load_model
     from clip_train import TrainConfig, loop, train
     from clip_train.loader import Batch, Batches
-    from clip_train.step import make_loss, make_optimizer, train_step
+    from clip_train.optimizers import make_optimizer
+    from clip_train.step import Stepper
 
     config = TrainConfig(
         model=str(setting.model), train_data=str(setting.shards), output=setting.work / "run",
@@ -251,17 +253,17 @@ def against_step(setting: Setting, rounds: int, arguments: dict[str, Any]) -> di
     run_loop(keep)  # warms up as well
     loaded = load_model(setting.model)
     model = loaded.model.train()
-    optimizer, loss_of = make_optimizer(model, config), make_loss(model, 1)
+    stepper = Stepper(
+        model, model, make_optimizer(model, config), config, normalize=lambda images: images,
+        autocast=torch.bfloat16 if setting.precision == "bf16" else None,
+    )  # fmt: skip
     ready = [(loaded.preprocess.normalize(b.images_b3SS), b.tokens_bL) for b in kept]
 
     def bare() -> float:
-        for number, (images, tokens) in enumerate(ready[: 1 + setting.steps]):
-            if number == 1:
-                start = time.perf_counter()
-            train_step(
-                model, model, loss_of, optimizer, images, tokens,
-                lr=LEARNING_RATE, grad_clip=0.0, bf16=setting.precision == "bf16",
-            )  # fmt: skip
+        stepper.step(*ready[0], lr=LEARNING_RATE, seed=0)
+        start = time.perf_counter()
+        for batch in ready[1 : 1 + setting.steps]:
+            stepper.step(*batch, lr=LEARNING_RATE, seed=0)
         return time.perf_counter() - start
 
     report = compare(
@@ -309,6 +311,8 @@ def main(
     threads: int, steps: int, rounds: int,
 ) -> None:  # fmt: skip
     """Time the steps of whole training runs: ours against open_clip's, or against the bare step."""
+    if peer == "step" and device != "cpu":
+        raise click.UsageError("--peer step runs on the CPU")
     os.environ |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     if device == "cpu":
         os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
