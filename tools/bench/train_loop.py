@@ -1,10 +1,9 @@
 """The whole training loop, data loading included: clip-train against open_clip's trainer.
 
-uv run tools/bench/train_loop.py                                        ViT-B-32, batch 16, fp32
-uv run tools/bench/train_loop.py --architecture Ti --batch-size 128     a small model: width 192,
-                                                                        6 + 6 layers, 64 pixels
-uv run tools/bench/train_loop.py --peer step                            clip-train's loop against
-                                                                        its bare step
+uv run tools/bench/train_loop.py                    ViT-B-32, batch 16, fp32
+uv run tools/bench/train_loop.py --architecture Ti --batch-size 128 --steps 12
+                                                    width 192, 6 + 6 layers, 64 pixels
+uv run tools/bench/train_loop.py --peer step        clip-train's loop against its bare step
 
 Both trainers are commands of their own that start from the same weights and read the same shards:
 480 x 360 JPEGs with a photograph's spectrum, captions of LAION-like length in words that are one
@@ -39,7 +38,7 @@ import open_clip_trainer
 from build_shards import write_images
 from interleaved import compare
 
-BEFORE = 3  # steps before the clock starts
+BEFORE = 2  # steps before the clock starts
 AHEAD = 2  # batches that each worker of a loader makes ahead: torch's default
 LEARNING_RATE = 1e-5
 
@@ -304,7 +303,7 @@ def against_step(setting: Setting, rounds: int, arguments: dict[str, Any]) -> di
 @click.option("--device", default="cpu", show_default=True, help="cpu, or what is there.")
 @click.option("--workers", default=1, show_default=True, help="Loader processes of either side.")
 @click.option("--threads", default=2, show_default=True, help="Of torch, on a CPU.")
-@click.option("--steps", default=8, show_default=True, help="Timed steps of a run.")
+@click.option("--steps", default=5, show_default=True, help="Timed steps of a run.")
 @click.option("--rounds", default=5, show_default=True, help="Timed runs of each side.")
 def main(
     architecture: str, batch_size: int, peer: str, precision: str, device: str, workers: int,
