@@ -60,7 +60,7 @@ def test_dependencies_between_packages() -> None:
 
 def test_source_stays_small() -> None:
     files = list(ROOT.glob("packages/*/src/*/*.py"))
-    assert sum(lines_of_code(file.read_text()) for file in files) < 12_000
+    assert sum(lines_of_code(file.read_text()) for file in files) < 14_000
     lengths = {str(file): len(file.read_text().splitlines()) for file in files}
     assert {name: n for name, n in lengths.items() if n > 300} == {}
 

@@ -39,7 +39,7 @@ def test_counts_and_bytes(data: Path) -> None:
     shard = Shard(data / "00001.tar")
     assert shard.image(3) == pair(23)["jpg"]
     assert shard.caption(3) == pair(23)["txt"]
-    assert shard.name(3) == "00001.tar/000010003"
+    assert shard.name(3) == f"{data.name}/00001.tar/000010003"
 
 
 def test_index_is_used_only_if_it_belongs_to_the_tar(tmp_path: Path) -> None:

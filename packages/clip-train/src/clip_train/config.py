@@ -14,6 +14,7 @@ NEUTRAL = frozenset(
         *("compile", "grad_checkpointing", "loss_exchange", "max_skipped", "rebase"),
         *("save_every", "save_minutes", "keep_every", "time_limit", "log_every", "tracker"),
         *("val_data", "zeroshot_data", "eval_every"),
+        "train_weights",  # the data's hash covers them
     }
 )
 

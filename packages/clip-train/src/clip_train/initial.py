@@ -52,12 +52,12 @@ def build_initial(config: TrainConfig) -> Initial:
         loaded = load_model(config.model)
         clip, preprocess, tokenizer = loaded.model, loaded.preprocess, loaded.tokenizer
         if config.patch_dropout is not None:
-            towers = _with_patch_dropout(loaded.config, config.patch_dropout)
+            towers = with_patch_dropout(loaded.config, config.patch_dropout)
             patched = CLIP(towers, getattr(clip.text, "hf_config", None))
             patched.load_state_dict(clip.state_dict())
             clip = patched
     else:
-        towers = _with_patch_dropout(_config(config.model), config.patch_dropout)
+        towers = with_patch_dropout(_config(config.model), config.patch_dropout)
         tokenizer = tokenizer_for(towers)
         torch.manual_seed(config.seed)
         clip = CLIP(towers)
@@ -71,7 +71,8 @@ def build_initial(config: TrainConfig) -> Initial:
     return Initial(clip.train(), preprocess, tokenizer)
 
 
-def _with_patch_dropout(towers: ModelConfig, share: float | None) -> ModelConfig:
+def with_patch_dropout(towers: ModelConfig, share: float | None) -> ModelConfig:
+    """The towers with this share of patches dropped; None: as they are."""
     if share is None:
         return towers
     return replace(towers, vision_cfg=replace(towers.vision_cfg, patch_dropout=share))

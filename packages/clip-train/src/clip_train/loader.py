@@ -140,7 +140,7 @@ def load(batches: Batches, steps: range, workers: int, device: torch.device) -> 
             sampler=steps,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
             timeout=STALLED if workers else 0,
         )
     )
@@ -154,7 +154,7 @@ def load(batches: Batches, steps: range, workers: int, device: torch.device) -> 
         yield batch
 
 
-def _ignore_signals(_worker: int) -> None:
+def ignore_signals(_worker: int) -> None:
     """SIGTERM and Ctrl-C reach the whole process group; when to stop is the parent's decision."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -21,6 +21,7 @@ from clip_train.loader import Batch, Batches, load
 from clip_train.optimizers import make_optimizer
 from clip_train.order import derive_seed, extend_hash, make_stream
 from clip_train.processes import (
+    AUTOCAST,
     Agreement,
     choose_precision,
     distribute,
@@ -43,8 +44,6 @@ from clip_train.summary import Summary, summarize
 from clip_train.validate import Validator
 
 logger = logging.getLogger(__name__)
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def train(config: TrainConfig) -> Summary:
@@ -98,7 +97,7 @@ class Trainer:
         if config.compile:
             self.model.compile()
         wrapped = distribute(self.model, accelerator)
-        autocast = _AUTOCAST[wanted["precision"]]
+        autocast = AUTOCAST[wanted["precision"]]
         self.optimizer = make_optimizer(self.model, config)
         self.stepper = Stepper(
             wrapped,

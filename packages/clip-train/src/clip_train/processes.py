@@ -19,6 +19,7 @@ from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
 from clip_train.sharding import fsdp_wanted, shard
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 TIMEOUT = timedelta(minutes=10)  # for any collective: a lost process ends the run, never hangs it
 
 

@@ -7,17 +7,17 @@ entered by another method than forward, nor processes on CPUs.
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clip_train.errors import TrainError
+
+# Importing these takes more than a second, which the runs that are not sharded need not wait for.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def fsdp_wanted() -> bool:
@@ -38,6 +38,10 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
     The logit scale and bias, which have no dimension to shard, stay whole (`sync_scalars`).
     """
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     plugin = FullyShardedDataParallelPlugin()
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
@@ -66,25 +70,27 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
     """Whether this process holds a shard of the tensor only."""
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard, which shares its memory; the tensor itself where it is whole."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor; where it is sharded every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor, the same on every process, sharded as the reference is, on its device."""
-    if not isinstance(reference, DTensor):
+    if not is_sharded(reference):
         return tensor.to(reference.device)
+    from torch.distributed.tensor import distribute_tensor
+
     mesh, placements = reference.device_mesh, reference.placements
     return distribute_tensor(tensor.to(reference.device), mesh, placements, src_data_rank=None)
 

@@ -56,8 +56,8 @@ class Shard:
         return int(((self.images[:, 0] >= 0) & (self.captions[:, 0] >= 0)).sum())
 
     def name(self, row: int) -> str:
-        """What messages call a sample: 00003.tar/000030012."""
-        return f"{self.path.name}/{self.keys[row]}"
+        """What messages call a sample: shards/00003.tar/000030012."""
+        return f"{self.path.parent.name}/{self.path.name}/{self.keys[row]}"
 
     def image(self, row: int) -> bytes:
         """The encoded image. Raises OSError, or TrainError: the sample has none."""
@@ -245,7 +245,10 @@ def count_samples(shards: list[Path]) -> list[int]:
     sizes: dict[Path, dict[str, int]] = {}
     for folder in {shard.parent for shard in shards}:
         file = folder / "sizes.json"
-        sizes[folder] = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            sizes[folder] = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise TrainError(f"{file}: not JSON ({error}); build the shards again") from error
     counts = [sizes[shard.parent].get(shard.name, 0) for shard in shards]
     unknown = [number for number, count in enumerate(counts) if not count]
     for done, number in enumerate(unknown):

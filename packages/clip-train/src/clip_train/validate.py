@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from clip_models import CLIP, HFTokenizer, Preprocess, Tokenizer
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
+from clip_train.sharding import is_sharded
 from clip_train.validate_data import (
     Read,
     Reader,
@@ -95,6 +95,7 @@ class Validator:
         Raises:
             TrainError: on all processes, if no sample is readable.
         """
+        sharded = any(map(is_sharded, model.parameters()))
         training = model.training
         model.eval()
         try:
@@ -102,8 +103,8 @@ class Validator:
                 return self._on_pairs(model, progress) | self._on_classes(model, progress)
         finally:
             model.train(training)
-            if isinstance(model, FSDPModule):
-                model.reshard()  # what the backward pass does after a training step
+            if sharded:
+                cast(Any, model).reshard()  # what the backward pass does after a training step
 
     def _on_pairs(self, model: CLIP, progress: "tqdm[Any]") -> dict[str, float]:
         if not self.pairs:

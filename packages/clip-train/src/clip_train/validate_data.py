@@ -2,7 +2,6 @@
 
 # b samples read together, N samples of a set, S image size, L context length
 
-import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip_train.errors import TrainError
-from clip_train.loader import STALLED, choose_caption
+from clip_train.loader import STALLED, choose_caption, ignore_signals
 from clip_train.shards import find_shards, open_shard
 
 
@@ -95,7 +94,7 @@ def _samples(shards: list[Path]) -> list[Sample]:
 
 
 def _label(sample: Sample, classes: int) -> int:
-    where = f"--zeroshot-data: {sample.shard.parent / sample.name}"
+    where = f"--zeroshot-data: {sample.shard.parent.parent / sample.name}"
     try:
         label = open_shard(sample.shard).label(sample.row)
     except TrainError as error:
@@ -171,7 +170,7 @@ def read_ahead(
         sampler=parts,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         timeout=STALLED if workers else 0,
         generator=torch.Generator(),  # not training's random numbers
     )
@@ -179,9 +178,3 @@ def read_ahead(
         yield from loader
     except RuntimeError as error:
         raise TrainError(f"validation: the data loader failed: {error}") from error
-
-
-def _ignore_signals(_worker: int) -> None:
-    """As the training loader's workers: when to stop is the parent's decision."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
