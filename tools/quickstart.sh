@@ -48,7 +48,8 @@ step log/verify.json clip-data verify "$out/shards"
 # 2. Train
 step log/train.json accelerate launch clip-train \
     --model tools/quickstart_model.json --train-data "$out/shards" --output "$out/run" \
-    --samples-seen "$samples" --batch-size 128 --lr 2e-3 --warmup 40 --grad-clip 1 --workers 1
+    --samples-seen "$samples" --batch-size 128 --lr 2e-3 --warmup 40 --grad-clip 1 --workers 1 \
+    --zeroshot-data "$out/sets/twemoji/val" --eval-every 60
 model=$out/run/model
 
 # 3. Zero-shot classification: categories of concepts that training never saw
