@@ -172,6 +172,24 @@ def test_time_limit_saves_and_stops(
     assert_same_result(uninterrupted, tmp_path / "run")
 
 
+def test_unreadable_samples_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved and stopped before a batch, a run that goes on reads that batch again."""
+    samples = {f"k{i:02}": pair(i) for i in range(40)}
+    for i in (3, 17, 25):
+        samples[f"k{i:02}"]["jpg"] = b"broken"
+    write_shard(tmp_path / "0.tar", samples)
+    settings: dict[str, Any] = {"max_error_share": 0.5, "save_minutes": 1e-9}
+    whole = train(config(tmp_path, tmp_path / "whole", max_error_share=0.5))
+    for step in range(1, 12):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            train(config(tmp_path, tmp_path / "run", **settings))
+    summary = train(config(tmp_path, tmp_path / "run", **settings))
+    assert (summary.status, summary.unreadable) == ("finished", whole.unreadable)
+
+
 def test_rebase(data: Path, tmp_path: Path) -> None:
     """A finished constant run goes on, with twice the batch, and then cools down."""
     settings: dict[str, Any] = {"schedule": "constant", "samples_seen": 48}

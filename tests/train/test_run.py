@@ -9,7 +9,7 @@ from typing import Any
 import clip_train
 import pytest
 import torch
-from clip_models import load_model
+from clip_models import architecture, load_model
 from clip_train import TrainConfig, TrainError, loop, metrics, train
 from clip_train.state import newest_state
 from safetensors.torch import load_file
@@ -82,6 +82,7 @@ def test_what_a_run_leaves(data: Path, uninterrupted: Path) -> None:
     assert found[-1]["loss"] < found[0]["loss"]
     loaded = load_model(uninterrupted / "model")
     assert loaded.provenance["samples_seen"] == 96
+    assert loaded.provenance["initial_model"] == architecture("XS").to_dict()
     assert loaded.provenance["order_hash"] == found[-1]["order_hash"]
     assert loaded.provenance["arguments"]["train_data"] == str(data)
     assert loaded.provenance["tool"].startswith("clip-train ")

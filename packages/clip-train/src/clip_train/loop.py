@@ -112,6 +112,7 @@ class Trainer:
         self.saver = Saver(
             config,
             data,
+            wanted["model"],
             self.model,
             self.preprocess,
             self.tokenizer,
@@ -144,6 +145,8 @@ class Trainer:
         )
         self.unsettled: list[tuple[int, Update]] = []  # steps whose findings are on the device yet
         self.saved = time.monotonic()
+        gmacs = profile(self.model.config)["gmacs"]
+        self.meter = metrics.Meter(self.position.step, config.batch_size, world, gmacs)
         # Every process has passed its checks, and from here on files are written.
         accelerator.wait_for_everyone()
         if self.main:
@@ -164,44 +167,34 @@ class Trainer:
             unit_scale=True,
             disable=None if self.main else True,  # None: only on a terminal
         )
-        meter = metrics.Meter(
-            self.position.step,
-            config.batch_size,
-            self.accelerator.num_processes,
-            profile(self.model.config)["gmacs"],
-        )
         validated = config.val_data or config.zeroshot_data
         try:
             with progress, Agreement(self.accelerator.num_processes) as agreement:
                 for _ in steps:
-                    with meter.waiting():
+                    with self.meter.waiting():
                         batch = next(loader)
-                    decision = self._agree(agreement, batch)
-                    if decision != "go":
-                        with meter.paused():
-                            self._save()
-                    if decision == "stop":
+                    if self._agree(agreement, batch) == "stop":
                         return summarize("stopped", config.output, self.steps)
                     update = self._step(batch)
                     step, last = self.position.step, self.position.step == self.steps
                     if last or step % config.log_every == 0:
-                        row = self._row(update) | meter.rates(step)
+                        row = self._row(update) | self.meter.rates(step)
                         self._log(row, metrics.METRICS)
                         progress.set_postfix_str(metrics.describe(row), refresh=False)
                     progress.update(config.batch_size)
-                    with meter.paused():
-                        if validated and (last or step % config.eval_every == 0):
+                    if validated and (last or step % config.eval_every == 0):
+                        with self.meter.paused():
                             scores = self._place() | self.validator.run(self.model)
-                            self._log(scores, metrics.VALIDATION)
-                        if last or step % config.save_every == 0:
-                            self._save()
+                        self._log(scores, metrics.VALIDATION)
+                    if last or step % config.save_every == 0:
+                        self._save()
         finally:
             del loader  # ends its workers: they ignore SIGTERM, so an exit on an error would hang
         self._finish()
         return summarize("finished", config.output)
 
-    def _agree(self, agreement: Agreement, batch: Batch) -> Literal["go", "save", "stop"]:
-        """Settle with the other processes whether to take the next step, and to save before it.
+    def _agree(self, agreement: Agreement, batch: Batch) -> Literal["go", "stop"]:
+        """Settle with the other processes whether to save now, and to take the next step.
 
         Raises:
             TrainError: on all processes, if one has no batch or too many samples were unreadable.
@@ -219,11 +212,13 @@ class Trainer:
         )
         if failures:
             raise TrainError(batch.failure or "another process failed; its own message says why")
+        if stop or save:
+            self._save()  # before this batch counts: who continues reads it again
         if stop:
             return "stop"
         self.position = replace(self.position, unreadable=self.position.unreadable + unreadable)
         check_unreadable(self.position, len(self.order), config.max_error_share)
-        return "save" if save else "go"
+        return "go"
 
     def _step(self, batch: Batch) -> Update:
         config, position, device = self.config, self.position, self.accelerator.device
@@ -280,21 +275,20 @@ class Trainer:
         """Write the train state. Every process must call it."""
         self._settle()
         self.saved = time.monotonic()
-        if not self.position.step:
-            return
-        self.saver.save(self.position, main=self.main)
+        if self.position.step:
+            with self.meter.paused():
+                self.saver.save(self.position, main=self.main)
 
     def _announce(self) -> None:
         config, accelerator = self.config, self.accelerator
         device = accelerator.device.type
-        if device == "cpu":
-            device += f" with {torch.get_num_threads()} threads"
+        threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
         if self.position.step:
             logger.info("continuing after step %d", self.position.step)
         logger.info(
             f"{config.model}: {self.steps} steps of {config.batch_size} pairs; {len(self.order)} "
             f"pairs in {len(self.data.shards)} shards; processes: {accelerator.num_processes} on "
-            f"{device}; {self.wanted['precision']}"
+            f"{device}{threads}; {self.wanted['precision']}"
         )
         if config.batch_size > len(self.order):
             logger.warning("the batch is larger than the data: a batch holds a pair several times")

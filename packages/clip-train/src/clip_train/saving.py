@@ -24,6 +24,7 @@ class Saver:
         self,
         config: TrainConfig,
         data: Data,
+        initial_model: Any,
         model: CLIP,
         preprocess: Preprocess,
         tokenizer: Tokenizer | HFTokenizer,
@@ -31,8 +32,10 @@ class Saver:
         guard: Guard,
         ema: Ema | None,
     ) -> None:
+        """Args: initial_model: what the run started from, by content (`describe_initial`)."""
         self.config = config
         self.data = data
+        self.initial_model = initial_model
         self.model = model
         self.preprocess = preprocess
         self.tokenizer = tokenizer
@@ -59,6 +62,7 @@ class Saver:
         provenance: dict[str, Any] = {
             "tool": f"clip-train {version('clip-train')}",
             "arguments": self.config.arguments,
+            "initial_model": self.initial_model,
             **asdict(position),
             "samples_seen": position.samples,
             "data_hash": self.data.hash,
