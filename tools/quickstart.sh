@@ -49,7 +49,7 @@ step log/verify.json clip-data verify "$out/shards"
 step log/train.json accelerate launch clip-train \
     --model tools/quickstart_model.json --train-data "$out/shards" --output "$out/run" \
     --samples-seen "$samples" --batch-size 128 --lr 2e-3 --warmup 40 --grad-clip 1 --workers 1 \
-    --zeroshot-data "$out/sets/twemoji/val" --eval-every 60
+    --zeroshot-data "$out/sets/twemoji/test" --eval-every 60
 model=$out/run/model
 
 # 3. Zero-shot classification: categories of concepts that training never saw

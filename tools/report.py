@@ -154,7 +154,7 @@ def page(out: Path, rows: list[tuple[str, str, str]]) -> str:
         parts.append("</ol>")
     parts.append("<h2>Plots</h2><div class=plots>")
     for file, title in (
-        ("run/loss.png", "Training: loss, and zero-shot accuracy on validation concepts"),
+        ("run/loss.png", "Training: loss, and zero-shot accuracy on twemoji, concepts never seen"),
         ("probe/shots.png", "Linear probes on frozen features, concepts never seen"),
         ("curve/curve.png", "Between the zero-shot and the fine-tuned model (WiSE-FT)"),
     ):
