@@ -135,8 +135,10 @@ def plot_loss(run: Path) -> None:
             below[0].plot(places, [100 * row[name] for row in validations], "o-", label=label)
             below[0].set_ylabel("%")
             below[0].set_ylim(bottom=0)
-            below[0].legend()
-    (below or [loss])[-1].set_xlabel("samples seen")
+            below[0].grid(axis="y", color="0.92")
+            below[0].legend(loc="lower right")
+    (last := (below or [loss])[-1]).set_xlabel("samples seen")
+    last.xaxis.set_major_formatter("{x:,.0f}")
     temporary = run / ".loss.png"
     figure.savefig(temporary, format="png")
     temporary.replace(run / "loss.png")
