@@ -1,12 +1,16 @@
 """Zero-shot retrieval as the paper measures it: Recall@k of text -> image and image -> text.
 
 CLIP_benchmark's definition: a query hits where any of its positives is among the k best. Ranks
-are counted tile by tile, so memory does not grow with captions x images. Scores are summed in
-float64 and rounded to float32, and equal scores go to the earlier item: identical pictures tie
-exactly, and a model whose embeddings have collapsed scores chance instead of 100%.
+are counted tile by tile, both ways from the same scores, so memory does not grow with captions x
+images. Scores are summed in float64 and rounded to float32.
+
+Equal scores go to the earlier item. CLIP_benchmark leaves them to torch.topk, whose choice is not
+defined and differs between devices and values of k; where nothing ties, its numbers are these, to
+the last digit of its float32. Identical pictures tie exactly here, and a model whose embeddings
+have collapsed scores chance.
 """
 
-# N images, M captions, D embedding width, Q queries, I items, q and i their tiles
+# N images, M captions, D embedding width, Q queries; t, n tiles of captions and images
 
 import logging
 import math
@@ -26,7 +30,7 @@ from clip_retrieval.shards import list_shards
 
 log = logging.getLogger(__name__)
 
-TILE_QUERIES, TILE_ITEMS = 1024, 4096  # 50 MB of scores at a time
+TILE_TEXTS, TILE_IMAGES = 1024, 4096  # 50 MB of scores at a time, in double and single precision
 
 
 def evaluate_retrieval(
@@ -97,36 +101,34 @@ def recall(
 
 def ranks(images_ND: Tensor, texts_MD: Tensor, owner_M: Tensor) -> tuple[Tensor, Tensor]:
     """How many items come before the first positive: of each text [M], of each image [N]."""
-    pair_M = torch.empty(len(texts_MD), device=texts_MD.device)  # as the tiles compute them
-    for i in range(0, len(texts_MD), TILE_ITEMS):
-        texts, owner = texts_MD[i : i + TILE_ITEMS], owner_M[i : i + TILE_ITEMS]
-        pair_M[i : i + TILE_ITEMS] = (texts.double() * images_ND[owner].double()).sum(1).float()
-    best_N = torch.full((len(images_ND),), -math.inf, device=pair_M.device)
-    best_N = best_N.scatter_reduce(0, owner_M, pair_M, "amax")
+    device, texts, images = texts_MD.device, len(texts_MD), len(images_ND)
+    own_M = torch.empty(texts, device=device)  # each caption's score with its own image
+    for t in range(0, texts, TILE_TEXTS):
+        rows = slice(t, t + TILE_TEXTS)
+        own_M[rows] = (texts_MD[rows].double() * images_ND[owner_M[rows]].double()).sum(1).float()
+    best_N = torch.full((images,), -math.inf, device=device)
+    best_N = best_N.scatter_reduce(0, owner_M, own_M, "amax")
     # the earliest of an image's captions that have its best score
-    captions_M = torch.arange(len(texts_MD), device=pair_M.device)
-    is_best_M = pair_M == best_N[owner_M]
-    first_N = torch.full_like(best_N, len(texts_MD), dtype=torch.int64)
-    first_N = first_N.scatter_reduce(0, owner_M[is_best_M], captions_M[is_best_M], "amin")
-    return (
-        count_ahead(texts_MD, images_ND, pair_M, owner_M),
-        count_ahead(images_ND, texts_MD, best_N, first_N),
-    )
+    number_M = torch.arange(texts, device=device)
+    is_best_M = own_M == best_N[owner_M]
+    first_N = torch.full((images,), texts, device=device)
+    first_N = first_N.scatter_reduce(0, owner_M[is_best_M], number_M[is_best_M], "amin")
 
-
-def count_ahead(queries_QD: Tensor, items_ID: Tensor, score_Q: Tensor, item_Q: Tensor) -> Tensor:
-    """Items that score above `score_Q`, or equal it and come before `item_Q`; int64 [Q]."""
-    ahead_Q = torch.zeros(len(queries_QD), dtype=torch.int64, device=queries_QD.device)
-    for q in range(0, len(queries_QD), TILE_QUERIES):
-        queries_qD = queries_QD[q : q + TILE_QUERIES].double()
-        score_q1, item_q1 = (x[q : q + TILE_QUERIES, None] for x in (score_Q, item_Q))
-        for i in range(0, len(items_ID), TILE_ITEMS):
-            items_iD = items_ID[i : i + TILE_ITEMS].double()
-            scores_qi = (queries_qD @ items_iD.T).float()
-            number_i = torch.arange(i, i + len(items_iD), device=items_iD.device)
-            tied_qi = (scores_qi == score_q1) & (number_i < item_q1)
-            ahead_Q[q : q + TILE_QUERIES] += ((scores_qi > score_q1) | tied_qi).sum(1)
-    return ahead_Q
+    text_ranks_M = torch.zeros(texts, dtype=torch.int64, device=device)
+    image_ranks_N = torch.zeros(images, dtype=torch.int64, device=device)
+    for t in range(0, texts, TILE_TEXTS):
+        rows = slice(t, t + TILE_TEXTS)
+        texts_tD, text_t1 = texts_MD[rows].double(), number_M[rows, None]
+        own_t1, owner_t1 = own_M[rows, None], owner_M[rows, None]
+        for n in range(0, images, TILE_IMAGES):
+            columns = slice(n, n + TILE_IMAGES)
+            scores_tn = (texts_tD @ images_ND[columns].double().T).float()
+            image_n = torch.arange(n, n + scores_tn.shape[1], device=device)
+            tied_tn = (scores_tn == own_t1) & (image_n < owner_t1)
+            text_ranks_M[rows] += ((scores_tn > own_t1) | tied_tn).sum(1)
+            tied_tn = (scores_tn == best_N[columns]) & (text_t1 < first_N[columns])
+            image_ranks_N[columns] += ((scores_tn > best_N[columns]) | tied_tn).sum(0)
+    return text_ranks_M, image_ranks_N
 
 
 def wilson(hits: int, queries: int) -> list[float]:
