@@ -58,7 +58,7 @@ def test_digest_identifies_the_labels(one: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "says"),
     [
-        ([("s0.png", b"x"), ("s0.cls", b"3")], "label 3 is beyond the 3 names"),
+        ([("s0.png", b"x"), ("s0.cls", b"3")], "label 3 is beyond the 3 class names"),
         ([("s0.png", b"x"), ("s0.cls", b"-1")], "expected a class number"),
         ([("s0.png", b"x"), ("s0.cls", b"cat")], "expected a class number in .cls, found b'cat'"),
         ([("s0.png", b"x"), ("s0.txt", b"a cat")], r"has no .cls: .* found .png, .txt"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,12 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                return super().invoke(ctx)
+            from clip_probe import features, processes
+
+            with processes.joined():
+                return features.serve() if processes.rank() else super().invoke(ctx)
         except (ProbeError, ModelError, OSError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -67,6 +73,20 @@ def _encoding_options(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=True,
                 help="Where the model runs; auto takes cuda where there is one.",
             ),
+            click.option(
+                "--precision",
+                type=click.Choice(["fp32", "bf16"]),
+                default="fp32",
+                show_default=True,
+                help="Of the image tower; scores are always computed in float32.",
+            ),
+            click.option(
+                "--cache",
+                type=FOLDER,
+                metavar="DIR",
+                help="Keep features here: no image is encoded twice by one model, and what was "
+                "interrupted continues.",
+            ),
         ]
     ):
         command = decorate(command)
@@ -77,10 +97,12 @@ def _load(model: Path, device: str) -> "LoadedModel":
     import torch
     from clip_models import load_model
 
+    from clip_probe.features import place
+
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ProbeError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return load_model(model, device="cuda" if cuda and device != "cpu" else "cpu")
+    return load_model(model, device=place("cuda" if cuda and device != "cpu" else "cpu"))
 
 
 @click.group(cls=_Group)
@@ -110,17 +132,14 @@ def zeroshot(
     sets: tuple[Path, ...],
     split: str,
     templates: Path | None,
-    batch_size: int,
-    workers: int,
     device: str,
+    **options: Any,
 ) -> None:
     """Classify images by the prompts of their class names: one JSON line per SET."""
     from clip_probe.evaluate import zeroshot
 
     loaded = _load(model, device)
-    for result in zeroshot(
-        loaded, sets, split, templates=templates, batch_size=batch_size, workers=workers
-    ):
+    for result in zeroshot(loaded, sets, split, templates=templates, **options):
         click.echo(json.dumps(result))
 
 
@@ -141,9 +160,8 @@ def evaluate(
     sets: tuple[Path, ...],
     heads: tuple[str, ...],
     split: str,
-    batch_size: int,
-    workers: int,
     device: str,
+    **options: Any,
 ) -> None:
     """Evaluate saved heads: one JSON line per SET and head.
 
@@ -153,9 +171,7 @@ def evaluate(
     from clip_probe.evaluate import evaluate_heads
 
     loaded = _load(model, device)
-    for result in evaluate_heads(
-        loaded, sets, heads, split, batch_size=batch_size, workers=workers
-    ):
+    for result in evaluate_heads(loaded, sets, heads, split, **options):
         click.echo(json.dumps(result))
 
 

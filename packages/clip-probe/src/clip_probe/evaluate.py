@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from clip_models import Head, LoadedModel, build_head, load_head, read_templates
 from torch import Tensor
 
 from clip_probe.datasets import Split, open_split
 from clip_probe.errors import ProbeError
-from clip_probe.features import Feature, encode
+from clip_probe.extract import Feature
+from clip_probe.features import EncodeOptions, encode
 from clip_probe.metrics import best_classes, score
 
 
@@ -20,8 +21,7 @@ def zeroshot(
     split: str = "test",
     *,
     templates: Path | None = None,
-    batch_size: int = 64,
-    workers: int = 2,
+    **options: Unpack[EncodeOptions],
 ) -> Iterator[dict[str, Any]]:
     """Zero-shot accuracy on each set, with the set's class names and `templates` (else its own).
 
@@ -40,7 +40,7 @@ def zeroshot(
         for data in opened
     ]
     for data, head in zip(opened, heads, strict=True):
-        encoded = encode(model, data, batch_size=batch_size, workers=workers)
+        encoded = encode(model, data, **options)
         best = best_classes(head.logits, encoded.features["post"])
         scores = score(best, encoded.labels, len(data.class_names))
         yield {
@@ -56,9 +56,7 @@ def evaluate_heads(
     sets: Sequence[Path],
     heads: Sequence[str],
     split: str = "test",
-    *,
-    batch_size: int = 64,
-    workers: int = 2,
+    **options: Unpack[EncodeOptions],
 ) -> Iterator[dict[str, Any]]:
     """Accuracy of each saved head on each set; the images of a set are decoded once for all heads.
 
@@ -77,7 +75,7 @@ def evaluate_heads(
     }
     kinds: list[Feature] = sorted({head.feature for head in loaded.values()})
     for data in opened:
-        encoded = encode(model, data, kinds, batch_size=batch_size, workers=workers)
+        encoded = encode(model, data, kinds, **options)
         for name, head in loaded.items():
             order = orders[data.path, name]
 

@@ -1,23 +1,35 @@
-"""One pass over the images of a split: decoded in workers, encoded on the model's device."""
+"""The features of a split: from the cache where they are, else from one pass over the images.
 
-# N images, B batch, S image size, D features
+With a cache each block of images is kept as it is done, so that a later task decodes nothing, an
+interrupted pass continues, and several processes share the work.
+"""
 
-import sys
-from collections.abc import Sequence
+# N images, C classes, D features
+
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
-from clip_models import LoadedModel, ModelError, Preprocess
+from clip_models import LoadedModel, load_model
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from clip_probe.datasets import Split
+from clip_probe import processes
+from clip_probe.cache import Block, FeatureCache
+from clip_probe.datasets import Split, open_split
 from clip_probe.errors import ProbeError
+from clip_probe.extract import BLOCK, Feature, Precision, check_failures, extract
 
-Feature = Literal["post", "pre", "pixels"]
-MAX_FAILED = 0.05
+
+class EncodeOptions(TypedDict, total=False):
+    """How images are read and encoded: what every task hands on to `encode`."""
+
+    batch_size: int
+    workers: int
+    cache: Path | None
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -25,8 +37,9 @@ class Encoded:
     """Features of the images that could be decoded, in shard order, on the CPU."""
 
     features: dict[Feature, Tensor]  # each [N, D] float32, not normalised
-    labels: Tensor  # [N] int64
+    labels: Tensor  # [N] int64; of a multi-label set [N, C] bool
     failed: int  # images left out because they could not be decoded
+    kept: list[int]  # N numbers of samples in the split
 
 
 def encode(
@@ -36,83 +49,130 @@ def encode(
     *,
     batch_size: int = 64,
     workers: int = 2,
+    cache: Path | None = None,
+    precision: Precision = "fp32",
 ) -> Encoded:
     """Encode a split once for all `kinds` of feature.
 
     "post" is the image embedding, "pre" the tower's output before its projection, "pixels" the
-    normalised pixels of the model's own transform, flattened: D = 3 S^2, large unless S is small.
+    normalised pixels of the model's own transform, flattened: D = 3 S^2, large unless S is small,
+    and never cached.
 
     Raises:
-        ProbeError: more than 5% of the images cannot be decoded, or a feature is not finite.
+        ProbeError: more than 5% of the images cannot be decoded, a feature is not finite, a cached
+            block is damaged, or there are several processes and no cache.
     """
-    device = model.model.logit_scale.device
-    loader = DataLoader(
-        _Pixels(split, model.preprocess),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-    )
-    collected: dict[Feature, list[Tensor]] = {kind: [] for kind in kinds}
-    kept: list[int] = []
-    failed: list[str] = []
-    title = f"{split.path.name}/{split.name}"
-    with tqdm(
-        total=len(split.samples), desc=title, unit="img", file=sys.stderr, disable=None
-    ) as bar:
-        for indices, pixels_B3SS, failures in loader:
-            failed += failures
-            if len(failed) > MAX_FAILED * len(split.samples):
-                raise ProbeError(
-                    f"{title}: {len(failed)} images so far cannot be decoded, of "
-                    f"{len(split.samples)} (limit {MAX_FAILED:.0%}); the first: {failed[0]}"
-                )
-            kept += indices
-            for kind, batches in collected.items() if indices else ():
-                features_BD = _features(model, kind, pixels_B3SS.to(device, non_blocking=True))
-                finite_B = features_BD.isfinite().all(dim=1).tolist()
-                if not all(finite_B):
-                    key = split.samples[indices[finite_B.index(False)]].key
-                    raise ProbeError(
-                        f"{title}: the {kind!r} features of image {key!r} are not finite (NaN or "
-                        f"infinity): check the weights of {model.path}"
-                    )
-                batches.append(features_BD)
-            bar.update(len(indices) + len(failures))
-    labels = torch.tensor(split.labels)[kept]
-    return Encoded({kind: torch.cat(b) for kind, b in collected.items()}, labels, len(failed))
+    how = {"batch_size": batch_size, "workers": workers, "precision": precision}
+    blocks = range(-(-len(split.samples) // BLOCK))
+    stored = _open(cache, model, split, precision) if cache else None
+    if processes.count() > 1:
+        if stored is None:
+            raise ProbeError("several processes meet in the feature cache: give it with --cache")
+        todo = _missing(stored, blocks, [kind for kind in kinds if kind != "pixels"])
+        _encode_together(model, split, todo, {"cache": str(cache), **how})
+    done: dict[int, dict[Feature, Block]] = {}
+    todo = _missing(stored, blocks, kinds)
+    for number, fresh in extract(
+        model, split, todo, batch_size=batch_size, workers=workers, precision=precision
+    ):
+        _keep(stored, number, fresh)
+        done[number] = fresh
+    parts: dict[Feature, list[Block]] = {
+        kind: [
+            done[n][kind] if kind in done.get(n, {}) or not stored else stored.read(kind, n)
+            for n in blocks
+        ]
+        for kind in kinds
+    }
+    first = parts[kinds[0]]
+    failures = [failure for block in first for failure in block.failures]
+    check_failures(split, failures)
+    kept = [number for block in first for number in block.kept]
+    features = {kind: torch.cat([b.features for b in some]) for kind, some in parts.items()}
+    return Encoded(features, _labels(split, kept), len(failures), kept)
 
 
-@torch.inference_mode()
-def _features(model: LoadedModel, kind: Feature, pixels_B3SS: Tensor) -> Tensor:
-    images_B3SS = model.preprocess.normalize(pixels_B3SS)
-    if kind == "post":
-        return model.model.encode_image(images_B3SS).float().cpu()
-    if kind == "pre":
-        return model.model.encode_image_pre(images_B3SS).float().cpu()
-    return images_B3SS.flatten(1).cpu()
+def serve() -> None:
+    """Encode for the first process until it has no more orders."""
+    model: LoadedModel | None = None
+    while (order := processes.receive()) is not None:
+        if model is None or str(model.path) != order["model"]:
+            model = load_model(order["model"], place(order["device"]))
+        data = open_split(
+            Path(order["source"]), order["split"], class_names=order["names"], multilabel=True
+        )
+        processes.exchange(_do_share(model, data, order))
 
 
-class _Pixels(Dataset[tuple[int, Tensor | str]]):
-    """(index, uint8 [3, S, S]), or (index, why not) where the image is corrupt."""
-
-    def __init__(self, split: Split, preprocess: Preprocess) -> None:
-        self.split = split
-        self.preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self.split.samples)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        try:
-            return index, self.preprocess.eval(self.split.read(index))
-        except ModelError as error:
-            return index, f"{self.split.samples[index].key}: {error}"
+def place(kind: str) -> str:
+    """The device of this process: of several, each takes the GPU of its number on its machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind
 
 
-def _collate(rows: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor, list[str]]:
-    """(indices of the decoded images, their pixels uint8 [B, 3, S, S], why others failed)."""
-    decoded = [(index, pixels) for index, pixels in rows if isinstance(pixels, Tensor)]
-    pixels_B3SS = torch.stack([pixels for _, pixels in decoded]) if decoded else torch.empty(0)
-    failures = [reason for _, reason in rows if isinstance(reason, str)]
-    return [index for index, _ in decoded], pixels_B3SS, failures
+def _open(cache: Path, model: LoadedModel, split: Split, precision: Precision) -> FeatureCache:
+    about = {
+        "fingerprint": model.fingerprint,
+        "transform": model.preprocess.hash,
+        "precision": precision,
+        "shards": split.content,
+        "block": BLOCK,
+    }
+    return FeatureCache(cache, about)
+
+
+def _missing(
+    stored: FeatureCache | None, blocks: Sequence[int], kinds: Sequence[Feature]
+) -> dict[int, list[Feature]]:
+    """The kinds that each block lacks, where it lacks any."""
+    lacking: dict[int, list[Feature]] = {
+        number: [kind for kind in kinds if stored is None or not stored.has(kind, number)]
+        for number in blocks
+    }
+    return {number: some for number, some in lacking.items() if some}
+
+
+def _keep(stored: FeatureCache | None, number: int, fresh: Mapping[Feature, Block]) -> None:
+    for kind, block in fresh.items():
+        if stored and kind != "pixels":
+            stored.write(kind, number, block)
+
+
+def _encode_together(
+    model: LoadedModel, split: Split, todo: dict[int, list[Feature]], how: dict[str, Any]
+) -> None:
+    """Fill the cache: each process takes every n-th block that is missing."""
+    order = {
+        "model": str(model.path),
+        "device": model.model.logit_scale.device.type,
+        "source": split.source,
+        "split": split.name,
+        "names": split.names_from,
+        "todo": list(todo.items()),
+        **how,
+    }
+    processes.send(order)
+    for problem in processes.exchange(_do_share(model, split, order)):
+        if problem:
+            raise ProbeError(problem)
+
+
+def _do_share(model: LoadedModel, split: Split, order: dict[str, Any]) -> str:
+    """Encode this process's share of an order into the cache; what went wrong, or ''."""
+    stored = _open(Path(order["cache"]), model, split, order["precision"])
+    share = dict(order["todo"][processes.rank() :: processes.count()])
+    how = {name: order[name] for name in ("batch_size", "workers", "precision")}
+    try:
+        for number, fresh in extract(model, split, share, **how):
+            _keep(stored, number, fresh)
+    except (ProbeError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _labels(split: Split, kept: list[int]) -> Tensor:
+    if not split.multilabel:
+        return torch.tensor(split.labels)[kept]
+    labels_NC = torch.zeros(len(kept), len(split.class_names), dtype=torch.bool)
+    for row, number in enumerate(kept):
+        labels_NC[row, list(split.samples[number].labels)] = True
+    return labels_NC

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from clip_probe.datasets import Split, open_split
 from clip_probe.errors import ProbeError
-from clip_probe.features import Feature, encode
+from clip_probe.extract import Feature
+from clip_probe.features import EncodeOptions, encode
 from clip_probe.metrics import Scores, best_classes, score
 from clip_probe.plots import plot_shots
 from clip_probe.probes import GRID, ONE_SHOT_C, Probe, Rows, few_shot_probe, full_probe
@@ -42,8 +43,7 @@ def sweep(
     seeds: int = 3,
     head_name: str | None = None,
     output: Path | None = None,
-    batch_size: int = 64,
-    workers: int = 2,
+    **options: Unpack[EncodeOptions],
 ) -> dict[str, Any]:
     """Fit and test linear probes; return the results, and write them to `output` if given.
 
@@ -81,8 +81,7 @@ def sweep(
             model,
             split,
             ("post", feature) if role == "test" and zero_shot and feature != "post" else (feature,),
-            batch_size=batch_size,
-            workers=workers,
+            **options,
         )
         for role, split in splits.items()
     }
