@@ -93,6 +93,25 @@ def _encoding_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _detail_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Files about each head on each set."""
+    for decorate in (
+        click.option(
+            "--save-predictions",
+            is_flag=True,
+            help="With --output, also predictions.parquet: what was said of each image.",
+        ),
+        click.option(
+            "--output",
+            type=FOLDER,
+            metavar="DIR",
+            help="Write tables by class, the confusion matrix and a reliability plot to DIR/SET.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 def _load(model: Path, device: str) -> "LoadedModel":
     import torch
     from clip_models import load_model
@@ -111,8 +130,10 @@ def main() -> None:
     """Zero-shot and linear-probe evaluation of CLIP models.
 
     MODEL is a model directory; SET a labelled set in CLIP_benchmark's layout (classnames.txt,
-    zeroshot_classification_templates.txt, SPLIT/nshards.txt, SPLIT/0.tar …). Results are JSON on
-    stdout.
+    zeroshot_classification_templates.txt, SPLIT/nshards.txt, SPLIT/0.tar …), or one of its sets on
+    the hub: wds/NAME or hf-hub:OWNER/NAME, from the hub's cache with HF_HUB_OFFLINE=1. Results are
+    JSON on stdout. Under `accelerate launch -m clip_probe` or torchrun all processes encode into
+    --cache, and the first does the rest.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
@@ -123,23 +144,30 @@ def main() -> None:
 @click.option("--split", default="test", show_default=True, help="The split to evaluate.")
 @click.option(
     "--templates",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Prompt templates, one a line with {c} for the class name, instead of the sets' own.",
+    metavar="FILE|NAME",
+    help="Prompt templates, one a line with {c} for the class name, or a list known by name "
+    "(general, openai-imagenet, simple-imagenet), instead of the sets' own.",
 )
+@click.option(
+    "--classnames",
+    metavar="FILE|NAME",
+    help="Class names, one a line, or a list known by name (imagenet), instead of the sets' own.",
+)
+@_detail_options
 @_encoding_options
 def zeroshot(
     model: Path,
     sets: tuple[Path, ...],
-    split: str,
-    templates: Path | None,
+    output: Path | None,
+    save_predictions: bool,
     device: str,
     **options: Any,
 ) -> None:
     """Classify images by the prompts of their class names: one JSON line per SET."""
-    from clip_probe.evaluate import zeroshot
+    from clip_probe.evaluate import Details, zeroshot
 
-    loaded = _load(model, device)
-    for result in zeroshot(loaded, sets, split, templates=templates, **options):
+    details = Details(output, save_predictions)
+    for result in zeroshot(_load(model, device), sets, details=details, **options):
         click.echo(json.dumps(result))
 
 
@@ -154,24 +182,26 @@ def zeroshot(
     help="A head of MODEL (heads/NAME.safetensors); may be given several times.",
 )
 @click.option("--split", default="test", show_default=True, help="The split to evaluate.")
+@_detail_options
 @_encoding_options
 def evaluate(
     model: Path,
     sets: tuple[Path, ...],
     heads: tuple[str, ...],
-    split: str,
+    output: Path | None,
+    save_predictions: bool,
     device: str,
     **options: Any,
 ) -> None:
     """Evaluate saved heads: one JSON line per SET and head.
 
-    A head fits a set that has the same class names, in any order. The images of a set are decoded
-    once for all heads.
+    A head fits a set whose class names are among its own, in any order. The images of a set are
+    decoded once for all heads.
     """
-    from clip_probe.evaluate import evaluate_heads
+    from clip_probe.evaluate import Details, evaluate_heads
 
-    loaded = _load(model, device)
-    for result in evaluate_heads(loaded, sets, heads, split, **options):
+    details = Details(output, save_predictions)
+    for result in evaluate_heads(_load(model, device), sets, heads, details=details, **options):
         click.echo(json.dumps(result))
 
 

@@ -1,18 +1,32 @@
 """Class heads on labelled sets: zero-shot heads made on the spot, and heads saved earlier."""
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from clip_models import Head, LoadedModel, build_head, load_head, read_templates
 from torch import Tensor
 
+from clip_probe.calibration import calibrate
 from clip_probe.datasets import Split, open_split
+from clip_probe.details import write_details
 from clip_probe.errors import ProbeError
 from clip_probe.extract import Feature
-from clip_probe.features import EncodeOptions, encode
-from clip_probe.metrics import best_classes, score
+from clip_probe.features import Encoded, EncodeOptions, encode
+from clip_probe.metrics import score, score_multilabel
+from clip_probe.predictions import predict
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Details:
+    """Whether and where files about each head on each set are written."""
+
+    output: Path | None = None  # gets a folder for each set, or SET/HEAD
+    save_predictions: bool = False
 
 
 def zeroshot(
@@ -20,35 +34,32 @@ def zeroshot(
     sets: Sequence[Path],
     split: str = "test",
     *,
-    templates: Path | None = None,
+    templates: str | None = None,
+    classnames: str | None = None,
+    details: Details = Details(),
     **options: Unpack[EncodeOptions],
 ) -> Iterator[dict[str, Any]]:
-    """Zero-shot accuracy on each set, with the set's class names and `templates` (else its own).
+    """Zero-shot scores on each set, with its own class names and templates unless others are given.
+
+    Args:
+        model: the model.
+        sets: as in `open_split`; multi-label sets too.
+        split: of every set.
+        templates, classnames: a file, a directory or a known name, as in `clip_models`.
+        details: files to write.
+        options: as in `encode`.
 
     Raises:
         ProbeError: as `open_split` and `encode`; all sets are opened before the first is encoded.
         ModelError: class names or templates are missing, or a template has no {c}.
     """
-    opened = [open_split(path, split) for path in sets]
-    heads = [
-        build_head(
-            model,
-            data.class_names,
-            read_templates(templates or data.path),
-            allow_duplicates=True,
-        )
-        for data in opened
-    ]
+    opened = _open(sets, split, details, classnames)
+    heads = [zeroshot_head(model, data, templates) for data in opened]
     for data, head in zip(opened, heads, strict=True):
         encoded = encode(model, data, **options)
-        best = best_classes(head.logits, encoded.features["post"])
-        scores = score(best, encoded.labels, len(data.class_names))
-        yield {
-            **_where("zeroshot", model, data),
-            **asdict(scores),
-            "failed": encoded.failed,
-            "templates_hash": head.templates_hash,
-        }
+        about = {**about_data("zeroshot", model, data, options), **about_head(head)}
+        folder = details.output / data.path.name if details.output else None
+        yield evaluate(about, data, encoded, head, folder, details.save_predictions)
 
 
 def evaluate_heads(
@@ -56,79 +67,140 @@ def evaluate_heads(
     sets: Sequence[Path],
     heads: Sequence[str],
     split: str = "test",
+    *,
+    details: Details = Details(),
     **options: Unpack[EncodeOptions],
 ) -> Iterator[dict[str, Any]]:
-    """Accuracy of each saved head on each set; the images of a set are decoded once for all heads.
+    """Scores of each saved head on each set; the images of a set are decoded once for all heads.
 
-    A head's classes are matched to the set's by name, whatever their order.
+    A head's classes are matched to the set's by name, whatever their order; classes that only the
+    head has are left out.
 
     Raises:
-        ProbeError: a head's class names are not the set's; as `open_split` and `encode`.
+        ProbeError: the set has a class that a head has not; as `open_split` and `encode`.
         ModelError: no such head, or a head of another model.
     """
-    opened = [open_split(path, split) for path in sets]
+    opened = _open(sets, split, details, None)
     loaded = {name: load_head(model.path, name) for name in heads}
-    orders = {
-        (data.path, name): class_order(head, name, data)
+    fitted = {
+        (data.path, name): fit_head(head, name, data)
         for data in opened
         for name, head in loaded.items()
     }
     kinds: list[Feature] = sorted({head.feature for head in loaded.values()})
     for data in opened:
         encoded = encode(model, data, kinds, **options)
-        for name, head in loaded.items():
-            order = orders[data.path, name]
-
-            def logits(rows: Tensor, head: Head = head, order: list[int] = order) -> Tensor:
-                return head.logits(rows)[:, order]
-
-            best = best_classes(logits, encoded.features[head.feature])
-            scores = score(best, encoded.labels, len(data.class_names))
-            yield {
-                **_where("eval", model, data),
-                "head": name,
-                "kind": head.kind,
-                "feature": head.feature,
-                **asdict(scores),
-                "failed": encoded.failed,
-                "templates_hash": head.templates_hash,
-            }
+        for name in loaded:
+            head = fitted[data.path, name]
+            about = {**about_data("eval", model, data, options), "head": name, **about_head(head)}
+            folder = details.output / data.path.name / name if details.output else None
+            yield evaluate(about, data, encoded, head, folder, details.save_predictions)
 
 
-def class_order(head: Head, name: str, data: Split) -> list[int]:
-    """For each class of the set, the row of the head that stands for it.
+def evaluate(
+    about: dict[str, Any],
+    data: Split,
+    encoded: Encoded,
+    head: Head,
+    folder: Path | None,
+    save_predictions: bool,
+) -> dict[str, Any]:
+    """`about` and the scores of one head on one encoded split; with `folder` also files in it."""
+    features_ND: Tensor = encoded.features[head.feature]
+    predictions = predict(head.logits, features_ND, data.multilabel)
+    if predictions.logits_NC is None:
+        correct_N = predictions.best_NK[:, 0] == encoded.labels
+        calibration = calibrate(predictions.confidence_N, correct_N)
+        classes = len(data.class_names)
+        scores = {
+            **asdict(score(predictions.best_NK, encoded.labels, classes)),
+            "ece": calibration.ece,
+        }
+    else:
+        calibration = None
+        scores = asdict(score_multilabel(predictions.logits_NC, encoded.labels))
+    row = {**about, **scores, "failed": encoded.failed}
+    if folder:
+        write_details(folder, row, data, encoded, predictions, calibration, save_predictions)
+    return row
 
-    Raises:
-        ProbeError: the names differ, or some name is given twice and the orders differ.
-    """
-    if head.class_names == data.class_names:
-        return list(range(len(data.class_names)))
-    only_head = sorted(set(head.class_names) - set(data.class_names))
-    only_set = sorted(set(data.class_names) - set(head.class_names))
-    if only_head or only_set:
-        raise ProbeError(
-            f"head {name!r} does not fit {data.path}: only the head has the classes "
-            f"{_some(only_head)}, only the set has {_some(only_set)}; "
-            "expected the same names in any order"
-        )
-    rows = {class_name: row for row, class_name in enumerate(head.class_names)}
-    if not len(rows) == len(head.class_names) == len(data.class_names):
-        raise ProbeError(
-            f"head {name!r} and {data.path} give a class name twice and order their classes "
-            "differently: they cannot be matched by name; make the names unique"
-        )
-    return [rows[class_name] for class_name in data.class_names]
+
+def zeroshot_head(model: LoadedModel, data: Split, templates: str | None = None) -> Head:
+    """The head of a set's class names; classes of one name are allowed, as ImageNet has them."""
+    prompts = read_templates(templates or data.path)
+    return build_head(model, data.class_names, prompts, allow_duplicates=True)
 
 
-def _some(names: list[str]) -> str:
-    return f"{names[:5]} and {len(names) - 5} more" if len(names) > 5 else str(names)
-
-
-def _where(task: str, model: LoadedModel, data: Split) -> dict[str, Any]:
+def about_data(
+    task: str, model: LoadedModel, data: Split, options: EncodeOptions
+) -> dict[str, Any]:
+    """What was measured: model, set, transform and precision."""
     return {
         "task": task,
         "model": str(model.path),
         "fingerprint": model.fingerprint,
-        "dataset": str(data.path),
+        "dataset": data.source,
         "split": data.name,
+        "digest": data.digest,
+        "transform": model.preprocess.hash,
+        "precision": options.get("precision", "fp32"),
     }
+
+
+def about_head(head: Head) -> dict[str, Any]:
+    """What measured it."""
+    return {"kind": head.kind, "feature": head.feature, "templates_hash": head.templates_hash}
+
+
+def fit_head(head: Head, name: str, data: Split) -> Head:
+    """The head with the set's classes, in the set's order.
+
+    Raises:
+        ProbeError: a class of the set is not the head's, or some name is given twice and the
+            classes differ.
+    """
+    if head.class_names == data.class_names:
+        return head
+    if missing := sorted(set(data.class_names) - set(head.class_names)):
+        only_head = sorted(set(head.class_names) - set(data.class_names))
+        raise ProbeError(
+            f"head {name!r} does not fit {data.path}: only the head has the classes "
+            f"{_some(only_head)}, only the set has {_some(missing)}; "
+            "expected the set's names among the head's, in any order"
+        )
+    rows = {class_name: row for row, class_name in enumerate(head.class_names)}
+    if len(rows) < len(head.class_names) or len(set(data.class_names)) < len(data.class_names):
+        raise ProbeError(
+            f"head {name!r} and {data.path} give a class name twice and order their classes "
+            "differently: they cannot be matched by name; make the names unique"
+        )
+    if len(rows) > len(data.class_names):
+        logger.info(
+            "%s: %d of the %d classes of head %r", data.path, len(data.class_names), len(rows), name
+        )
+    order = [rows[class_name] for class_name in data.class_names]
+    return Head(
+        head.weight[order],
+        head.bias[order],
+        data.class_names,
+        head.kind,
+        head.feature,
+        head.fingerprint,
+        head.templates_hash,
+    )
+
+
+def _open(
+    sets: Sequence[Path], split: str, details: Details, classnames: str | None
+) -> list[Split]:
+    opened = [open_split(path, split, class_names=classnames, multilabel=True) for path in sets]
+    if details.save_predictions and not details.output:
+        raise ProbeError("predictions are written beside the rest: give --output too")
+    names = [data.path.name for data in opened]
+    if details.output and (twice := [name for name in names if names.count(name) > 1]):
+        raise ProbeError(f"two sets would share {details.output}/{twice[0]}: evaluate them apart")
+    return opened
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[:5]} and {len(names) - 5} more" if len(names) > 5 else str(names)

@@ -88,8 +88,12 @@ def encode(
     failures = [failure for block in first for failure in block.failures]
     check_failures(split, failures)
     kept = [number for block in first for number in block.kept]
-    features = {kind: torch.cat([b.features for b in some]) for kind, some in parts.items()}
-    return Encoded(features, _labels(split, kept), len(failures), kept)
+    return Encoded(
+        {kind: torch.cat([block.features for block in some]) for kind, some in parts.items()},
+        _labels(split, kept),
+        len(failures),
+        kept,
+    )
 
 
 def serve() -> None:

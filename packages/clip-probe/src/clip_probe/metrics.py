@@ -1,15 +1,19 @@
-"""Classification metrics, defined as CLIP_benchmark defines them."""
+"""Classification metrics, defined as CLIP_benchmark defines them, with 95% intervals."""
 
-# N samples, D features, C classes, K best classes kept
+# N samples, D features, C classes, K best classes kept, T draws of a bootstrap
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ROWS_AT_ONCE = 8192
+DRAWS = 1000
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,24 @@ class Scores:
     classes: int
     classes_present: int  # classes with at least one sample in the split
     acc1: float
-    acc1_ci95: tuple[float, float]  # Wilson score interval
+    acc1_ci95: Interval  # Wilson score interval
     acc5: float | None  # None below five classes
+    acc5_ci95: Interval | None
     mean_per_class_recall: float  # over the classes present (scikit-learn's balanced accuracy)
+    mean_per_class_recall_ci95: Interval  # bootstrap within classes
     majority_class_share: float  # the chance line: accuracy of always naming the commonest class
+
+
+@dataclass(frozen=True)
+class MultilabelScores:
+    """How well one head ranks the images of a multi-label split for each of its classes."""
+
+    samples: int
+    classes: int
+    classes_present: int
+    mean_average_precision: float  # CLIP_benchmark's: a class without a positive counts as 0
+    mean_average_precision_ci95: Interval  # bootstrap over samples
+    mean_positive_share: float  # the chance line: a random order's average precision, about
 
 
 def best_classes(logits: Callable[[Tensor], Tensor], features_ND: Tensor) -> Tensor:
@@ -41,21 +59,58 @@ def score(best_NK: Tensor, labels_N: Tensor, classes: int) -> Scores:
     counts_C = torch.bincount(labels_N, minlength=classes)
     correct_C = torch.bincount(labels_N[hits_NK[:, 0]], minlength=classes)
     present_C = counts_C > 0
-    samples, correct = len(labels_N), int(correct_C.sum())
-    recalls = correct_C[present_C].double() / counts_C[present_C]
+    samples, correct, among5 = len(labels_N), int(correct_C.sum()), int(hits_NK.sum())
+    counts, right = counts_C[present_C].numpy(), correct_C[present_C].numpy()
+    draws_TC = np.random.default_rng(0).binomial(counts, right / counts, (DRAWS, len(counts)))
     return Scores(
         samples=samples,
         classes=classes,
         classes_present=int(present_C.sum()),
         acc1=correct / samples,
         acc1_ci95=wilson_interval(correct, samples),
-        acc5=int(hits_NK.sum()) / samples if classes >= 5 else None,
-        mean_per_class_recall=float(recalls.mean()),
+        acc5=among5 / samples if classes >= 5 else None,
+        acc5_ci95=wilson_interval(among5, samples) if classes >= 5 else None,
+        mean_per_class_recall=float(np.mean(right / counts)),
+        mean_per_class_recall_ci95=_middle((draws_TC / counts).mean(1)),
         majority_class_share=int(counts_C.max()) / samples,
     )
 
 
-def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
+def score_multilabel(logits_NC: Tensor, labels_NC: Tensor) -> MultilabelScores:
+    """Score logits [N, C] against labels, bool [N, C]."""
+    precisions_C = average_precisions(logits_NC, labels_NC)
+    weights_TN = np.random.default_rng(0).multinomial(
+        len(labels_NC), [1 / len(labels_NC)] * len(labels_NC), DRAWS
+    )
+    draws_T = np.zeros(DRAWS)
+    for logits_N, truth_N in zip(logits_NC.T, labels_NC.T, strict=True):
+        order = logits_N.argsort(descending=True).numpy()
+        seen_TN = weights_TN[:, order]
+        hits_TN = seen_TN * truth_N.numpy()[order]
+        precision_TN = hits_TN.cumsum(1) / np.maximum(seen_TN.cumsum(1), 1)
+        draws_T += (hits_TN * precision_TN).sum(1) / np.maximum(hits_TN.sum(1), 1)
+    return MultilabelScores(
+        samples=len(labels_NC),
+        classes=labels_NC.shape[1],
+        classes_present=int(labels_NC.any(0).sum()),
+        mean_average_precision=precisions_C.mean().item(),
+        mean_average_precision_ci95=_middle(draws_T / labels_NC.shape[1]),
+        mean_positive_share=labels_NC.double().mean().item(),
+    )
+
+
+def average_precisions(logits_NC: Tensor, labels_NC: Tensor) -> Tensor:
+    """Average precision of each class, float32 [C], as CLIP_benchmark and torchnet compute it."""
+    ranks_N = torch.arange(1, len(labels_NC) + 1).float()
+    found: list[Tensor] = []
+    for logits_N, truth_N in zip(logits_NC.T, labels_NC.T, strict=True):
+        hits_N = truth_N[logits_N.argsort(descending=True)]
+        precision_N = hits_N.float().cumsum(0) / ranks_N
+        found.append(precision_N[hits_N].sum() / hits_N.sum().clamp_min(1))
+    return torch.stack(found)
+
+
+def wilson_interval(correct: int, samples: int) -> Interval:
     """95% score interval of a proportion (Wilson, 1927): stays within [0, 1], also at 0 and 1."""
     z = 1.959963984540054
     share = correct / samples
@@ -63,3 +118,9 @@ def wilson_interval(correct: int, samples: int) -> tuple[float, float]:
     spread = z * sqrt(share * (1 - share) / samples + z * z / (4 * samples**2))
     scale = 1 + z * z / samples
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def _middle(draws_T: NDArray[np.float64]) -> Interval:
+    """The percentile interval of a bootstrap."""
+    low, high = np.percentile(draws_T, [2.5, 97.5])
+    return float(low), float(high)
