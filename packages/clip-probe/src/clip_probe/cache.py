@@ -13,7 +13,6 @@ all: an extraction that was killed continues with the blocks that are missing.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_probe.errors import ProbeError
+from clip_probe.files import write_file, write_text
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ class FeatureCache:
     def write(self, kind: str, number: int, block: Block) -> None:
         """Add a block; another process may add the same."""
         file = self._file(kind, number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / "about.json", json.dumps(self._about, indent=1).encode())
+        if not (self.folder / "about.json").is_file():
+            write_text(self.folder / "about.json", json.dumps(self._about, indent=1) + "\n")
         tensors = {"kept": torch.tensor(block.kept), "features": block.features}
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata={"failures": json.dumps(block.failures)})
-        os.replace(temporary, file)
+        metadata = {"failures": json.dumps(block.failures)}
+        write_file(file, lambda to: save_file(tensors, to, metadata=metadata))
 
     def read(self, kind: str, number: int) -> Block:
         """Raises: ProbeError: the file is damaged."""
@@ -73,11 +72,3 @@ class FeatureCache:
 
     def _file(self, kind: str, block: int) -> Path:
         return self.folder / kind / f"{block:05d}.safetensors"
-
-
-def _replace(file: Path, data: bytes) -> None:
-    if file.is_file():
-        return
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, file)

@@ -12,8 +12,6 @@ predictions.parquet on request
 import csv
 import io
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 from clip_probe.calibration import Calibration
 from clip_probe.datasets import Split
 from clip_probe.features import Encoded
+from clip_probe.files import write_file, write_text
 from clip_probe.metrics import average_precisions, wilson_interval
 from clip_probe.predictions import Predictions, write_predictions
 from clip_probe.set_plots import plot_confusion, plot_reliability
@@ -42,22 +41,22 @@ def write_details(
     title = f"{split.path.name}, {split.name}"
     if calibration is None:
         table = _average_precision_table(split, encoded.labels, predictions)
-        _write(folder / "per_class.csv", _csv(table))
+        write_text(folder / "per_class.csv", _csv(table))
     else:
         confusion_CC = confusion(encoded.labels, predictions.best_NK[:, 0], len(split.class_names))
-        _write(folder / "per_class.csv", _csv(_recall_table(split, confusion_CC)))
+        write_text(folder / "per_class.csv", _csv(_recall_table(split, confusion_CC)))
         header = ["label", *split.class_names]
         lines = zip(split.class_names, confusion_CC.tolist(), strict=True)
-        _write(folder / "confusion.csv", _csv([header, *([name, *line] for name, line in lines)]))
-        picture = folder / "confusion.png"
-        _write_picture(
-            picture, lambda to: plot_confusion(confusion_CC, split.class_names, title, to)
+        write_text(
+            folder / "confusion.csv", _csv([header, *([name, *line] for name, line in lines)])
         )
+        picture = folder / "confusion.png"
+        write_file(picture, lambda to: plot_confusion(confusion_CC, split.class_names, title, to))
         picture = folder / "reliability.png"
-        _write_picture(picture, lambda to: plot_reliability(calibration, title, to))
+        write_file(picture, lambda to: plot_reliability(calibration, title, to))
     if save_predictions:
         write_predictions(folder / "predictions.parquet", split, encoded, predictions)
-    _write(folder / "result.json", json.dumps(row, indent=1) + "\n")
+    write_text(folder / "result.json", json.dumps(row, indent=1) + "\n")
 
 
 def confusion(labels_N: Tensor, predicted_N: Tensor, classes: int) -> Tensor:
@@ -101,15 +100,3 @@ def _csv(rows: list[list[Any]]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _write_picture(file: Path, draw: Callable[[Path], None]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    draw(temporary)
-    os.replace(temporary, file)

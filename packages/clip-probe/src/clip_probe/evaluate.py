@@ -1,5 +1,6 @@
 """Class heads on labelled sets: zero-shot heads made on the spot, and heads saved earlier."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -129,6 +130,11 @@ def zeroshot_head(model: LoadedModel, data: Split, templates: str | None = None)
     """The head of a set's class names; classes of one name are allowed, as ImageNet has them."""
     prompts = read_templates(templates or data.path)
     return build_head(model, data.class_names, prompts, allow_duplicates=True)
+
+
+def templates_hash(templates: Sequence[str]) -> str:
+    """What a head that is built from these templates records."""
+    return hashlib.sha256("\n".join(templates).encode()).hexdigest()[:16]
 
 
 def about_data(

@@ -71,7 +71,7 @@ def score(best_NK: Tensor, labels_N: Tensor, classes: int) -> Scores:
         acc5=among5 / samples if classes >= 5 else None,
         acc5_ci95=wilson_interval(among5, samples) if classes >= 5 else None,
         mean_per_class_recall=float(np.mean(right / counts)),
-        mean_per_class_recall_ci95=_middle((draws_TC / counts).mean(1)),
+        mean_per_class_recall_ci95=interval_of((draws_TC / counts).mean(1)),
         majority_class_share=int(counts_C.max()) / samples,
     )
 
@@ -79,24 +79,31 @@ def score(best_NK: Tensor, labels_N: Tensor, classes: int) -> Scores:
 def score_multilabel(logits_NC: Tensor, labels_NC: Tensor) -> MultilabelScores:
     """Score logits [N, C] against labels, bool [N, C]."""
     precisions_C = average_precisions(logits_NC, labels_NC)
-    weights_TN = np.random.default_rng(0).multinomial(
-        len(labels_NC), [1 / len(labels_NC)] * len(labels_NC), DRAWS
-    )
-    draws_T = np.zeros(DRAWS)
-    for logits_N, truth_N in zip(logits_NC.T, labels_NC.T, strict=True):
-        order = logits_N.argsort(descending=True).numpy()
-        seen_TN = weights_TN[:, order]
-        hits_TN = seen_TN * truth_N.numpy()[order]
-        precision_TN = hits_TN.cumsum(1) / np.maximum(seen_TN.cumsum(1), 1)
-        draws_T += (hits_TN * precision_TN).sum(1) / np.maximum(hits_TN.sum(1), 1)
+    draws_T = bootstrap_mean_average_precision(logits_NC.numpy(), labels_NC.numpy())
     return MultilabelScores(
         samples=len(labels_NC),
         classes=labels_NC.shape[1],
         classes_present=int(labels_NC.any(0).sum()),
         mean_average_precision=precisions_C.mean().item(),
-        mean_average_precision_ci95=_middle(draws_T / labels_NC.shape[1]),
+        mean_average_precision_ci95=interval_of(draws_T),
         mean_positive_share=labels_NC.double().mean().item(),
     )
+
+
+def bootstrap_mean_average_precision(
+    logits_NC: NDArray[np.float32], labels_NC: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Mean average precision in draws [T] of the images; the same draws whatever the logits."""
+    samples, classes = labels_NC.shape
+    weights_TN = np.random.default_rng(0).multinomial(samples, [1 / samples] * samples, DRAWS)
+    total_T = np.zeros(DRAWS)
+    for logits_N, truth_N in zip(logits_NC.T, labels_NC.T, strict=True):
+        order_N = np.argsort(-logits_N, kind="stable")
+        seen_TN = weights_TN[:, order_N]
+        hits_TN = seen_TN * truth_N[order_N]
+        precision_TN = hits_TN.cumsum(1) / np.maximum(seen_TN.cumsum(1), 1)
+        total_T += (hits_TN * precision_TN).sum(1) / np.maximum(hits_TN.sum(1), 1)
+    return total_T / classes
 
 
 def average_precisions(logits_NC: Tensor, labels_NC: Tensor) -> Tensor:
@@ -120,7 +127,7 @@ def wilson_interval(correct: int, samples: int) -> Interval:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def _middle(draws_T: NDArray[np.float64]) -> Interval:
-    """The percentile interval of a bootstrap."""
+def interval_of(draws_T: NDArray[np.float64]) -> Interval:
+    """The 95% percentile interval of a bootstrap."""
     low, high = np.percentile(draws_T, [2.5, 97.5])
     return float(low), float(high)

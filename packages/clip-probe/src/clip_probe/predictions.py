@@ -6,7 +6,6 @@ the names of label and prediction. Multi-label: key, labels, scores (a logit for
 
 # N samples, D features, C classes, K best classes kept
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from clip_probe.datasets import Split
 from clip_probe.errors import ProbeError
 from clip_probe.features import Encoded
+from clip_probe.files import write_file
 from clip_probe.metrics import ROWS_AT_ONCE
 
 
@@ -64,10 +64,8 @@ def write_predictions(path: Path, split: Split, encoded: Encoded, predictions: P
         columns["best"] = pa.array(list(best), pa.list_(pa.int32()))
         columns["label_name"] = names.take(pa.array(labels))
         columns["predicted_name"] = names.take(pa.array(best[:, 0]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns), temporary, compression="zstd")
-    os.replace(temporary, path)
+    table = pa.table(columns)
+    write_file(path, lambda to: pq.write_table(table, to, compression="zstd"))
 
 
 def read_predictions(path: Path) -> dict[str, Any]:
