@@ -1,6 +1,7 @@
 """Tiny random models and scikit-learn's digits as labelled sets."""
 
 import io
+import json
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_finetune import TrainConfig
 from clip_models import CLIP, ModelConfig, Preprocess, load_model, save_model
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -136,3 +138,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def equal(one: Path, other: Path) -> bool:
     mine, theirs = weights(one), weights(other)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def config(*tasks: Path, **changes: object) -> TrainConfig:
+    """A run of a second."""
+    settings = {"iterations": 12, "batch_size": 16, "lr": 1e-3, "warmup": 2, "workers": 0}
+    return TrainConfig(task=tasks, **(settings | changes))
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, but for the time they took."""
+    rows = [json.loads(line) for line in (out / "training/metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]

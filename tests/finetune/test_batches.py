@@ -12,7 +12,8 @@ from .conftest import SIZE, digits, write_set
 
 def train_batches(*paths: Path, **options: int) -> TrainBatches:
     settings = {"batch_size": 20, "seed": 3} | options
-    return TrainBatches([open_set(p, "train") for p in paths], Preprocess(SIZE), **settings)
+    sets = [open_set(path, "train") for path in paths]
+    return TrainBatches(sets, Preprocess(SIZE).train, **settings)
 
 
 def test_tasks_alternate_and_each_epoch_is_exactly_once(digits_set: Path, inverted_set: Path):
@@ -69,3 +70,10 @@ def test_corrupt_images(tmp_path: Path):
     with pytest.raises(FinetuneError, match="1 of 11 images cannot be decoded"):
         refuse_corrupt(batches.tasks[0], 1, drawn=0)
     refuse_corrupt(batches.tasks[0], 1, drawn=20)
+
+
+def test_nothing_but_corrupt_images(tmp_path: Path):
+    path = write_set(tmp_path / "s", {"train": [(b"not an image", 5)] * 30}, shards=1)
+    batches = train_batches(path, batch_size=2)
+    with pytest.raises(FinetuneError, match="30 of 30 images cannot be decoded"):
+        refuse_corrupt(batches.tasks[0], batches[0].corrupt, drawn=2)

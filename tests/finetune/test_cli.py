@@ -11,10 +11,14 @@ from pathlib import Path
 import click
 import clip_finetune
 import pytest
+import torch
 from click.testing import CliRunner
 from clip_finetune.cli import main
-from clip_finetune.config import TrainConfig
-from clip_models import list_heads
+from clip_finetune.config import CurveConfig, TrainConfig
+from clip_finetune.recipes import RECIPES
+from clip_models import fingerprint_of, list_heads
+
+from .conftest import metrics, weights
 
 FAST = ["--iterations", "20", "--batch-size", "16", "--warmup", "2", "--lr", "1e-3"]
 
@@ -39,6 +43,10 @@ def test_train_interpolate_curve(base: Path, digits_set: Path, inverted_set: Pat
     assert list_heads(mixed) == ["digits"]
     again = json.loads(run("train", base, tuned, "--task", digits_set, *FAST))
     assert again["status"] == "nothing left to do"
+    souped = json.loads(run("soup", base, tuned, tmp_path / "soup", "--weights", "0.5,0.5"))
+    assert souped["fingerprint"] == fingerprint_of(mixed)
+    patched = ["curve", base, tuned, tmp_path / "p", "--id", digits_set, "--control", inverted_set]
+    assert json.loads(run(*patched, "--max-loss", 100, "--workers", 0))["max_loss"] == 100
 
 
 def test_expected_failures_are_one_line(base: Path, digits_set: Path, tmp_path: Path):
@@ -48,6 +56,11 @@ def test_expected_failures_are_one_line(base: Path, digits_set: Path, tmp_path: 
         ("train", base, tmp_path / "o", "--task", digits_set, "--train-split", "dev"),
         ("interpolate", base, tmp_path / "no-model", tmp_path / "o", "--alpha", 0.5),
         ("interpolate", base, base, tmp_path / "o", "--alpha", -1),
+        ("soup", base, tmp_path / "o"),
+        ("soup", base, base, tmp_path / "o", "--weights", "1,1"),
+        ("train", base, tmp_path / "o", "--task", digits_set, "--warmup", 9999, "--dry-run"),
+        ("train", base, tmp_path / "o", "--task", digits_set, "--warmup", 9999),
+        ("train", base, tmp_path / "o", "--task", digits_set, "--augment", "nonsense"),
         ("curve", base, base, tmp_path / "o", "--id", digits_set, "--ood", digits_set),
     ):
         message = run(*arguments, status=1)
@@ -60,7 +73,10 @@ def test_usage_errors(base: Path, digits_set: Path):
     assert "--task" in run("train", base, "o", status=2)
     run("curve", base, base, "o", "--id", "a", "--ood", "b", "--alphas", "0;1", status=2)
     run("train", base, "o", "--task", digits_set, "--precision", "fp8", status=2)
-    run("train", base, "o", "--task", digits_set, "--warmup", 9999, status=2)
+    run("train", base, "o", "--task", digits_set, "--recipe", "none", status=2)
+    run("soup", base, base, "o", "--weights", "1;1", status=2)
+    assert "--lr is" in run("train", base, "o", "--task", digits_set, "--lr", 0, status=2)
+    assert "--head" in run("train", base, "o", "--task", digits_set, "--recipe", "lp-ft", status=2)
 
 
 def test_every_command_and_option_has_help():
@@ -71,12 +87,38 @@ def test_every_command_and_option_has_help():
                 assert parameter.help, f"{command.name} {parameter.name}"
 
 
-def test_train_options_are_the_config():
-    options = {p.name: p for p in main.commands["train"].params if isinstance(p, click.Option)}
-    assert list(options) == [field.name for field in fields(TrainConfig)]
-    assert TrainConfig(task=(Path("x"),)) == TrainConfig(
-        task=(Path("x"),), **{n: p.default for n, p in options.items() if n != "task"}
-    )
+@pytest.mark.parametrize(
+    ("name", "config", "more", "given"),
+    [
+        ("train", TrainConfig, {"recipe", "dry_run"}, {"task": (Path("x"),)}),
+        ("curve", CurveConfig, set(), {"id": (Path("x"),), "ood": (Path("y"),)}),
+    ],
+)
+def test_options_are_the_config(name, config, more, given):
+    options = {p.name: p for p in main.commands[name].params if isinstance(p, click.Option)}
+    assert options.keys() - more == {field.name for field in fields(config)}
+    defaults = {n: p.default for n, p in options.items() if n not in {*more, *given}}
+    assert config(**given) == config(**given, **defaults)
+
+
+def test_recipe_fills_in_and_options_win(base: Path, digits_set: Path):
+    def plan(*options: object) -> dict:
+        return json.loads(run("train", base, "o", "--task", digits_set, *options, "--dry-run"))
+
+    joint = plan("--recipe", "joint-8")
+    assert (joint["steps"], joint["warmup"], joint["method"]) == (2000, 200, "frozen-head")
+    assert joint["warnings"] == []
+    wise = plan("--recipe", "wise-ft", "--warmup", 2, "--batch-size", 250)
+    assert (wise["steps"], wise["warmup"], wise["method"]) == (8, 2, "end-to-end")
+    assert "holds its 200 images several times" in wise["warnings"][0]
+    assert wise["learning"] - joint["learning"] == 10 * 24 + 10  # the head
+    flyp = plan("--recipe", "flyp", "--warmup", 0.2, "--batch-size", 20, "--epochs", 0.5)
+    assert flyp["steps"] == 5
+    assert flyp["learning"] == flyp["parameters"]
+    assert "only 50% of its images are seen" in flyp["warnings"][0]
+    assert plan("--image-size", 24)["image_size"] == 24
+    text = run("train", "--help")
+    assert all(name in text.replace("\n", " ") for name in RECIPES)
 
 
 def test_help_imports_nothing_heavy():
@@ -84,7 +126,8 @@ def test_help_imports_nothing_heavy():
         "import sys; from clip_finetune.cli import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'matplotlib', 'accelerate', 'safetensors'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'accelerate', 'safetensors', 'timm', 'PIL'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -93,32 +136,41 @@ def test_help_imports_nothing_heavy():
 
 def test_public_names():
     assert clip_finetune.__all__ == [
-        "FinetuneError", "LabelledSet", "TrainConfig", "interpolate_models", "measure_curve",
-        "open_set", "train",
+        "CurveConfig", "FinetuneError", "LabelledSet", "TrainConfig", "interpolate_models",
+        "measure_curve", "open_set", "soup_models", "train",
     ]  # fmt: skip
     assert all(getattr(clip_finetune, name) is not None for name in clip_finetune.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         clip_finetune.nonsense  # noqa: B018
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+CPU = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.slow
-def test_two_processes_are_one(base: Path, digits_set: Path, tmp_path: Path):
-    """The same global batches in 1 and 2 processes: the same losses to rounding."""
-    options = ["--task", digits_set, "--workers", "0", *FAST]
+@pytest.mark.parametrize("method", ["end-to-end", "flyp"])
+def test_two_processes_are_one(
+    base: Path, digits_set: Path, inverted_set: Path, tmp_path: Path, method: str
+):
+    """The same global batches in 1 and 2 processes: the same losses and weights to rounding."""
+    tasks = ["--task", digits_set, "--task", inverted_set]
+    options = [*tasks, "--workers", "0", *FAST, "--lr", "1e-4", "--method", method]
     run("train", base, tmp_path / "1", *options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "clip_finetune", "train", base, tmp_path / "2", *options],
-        env=environment, capture_output=True, text=True, check=False,
+        [*TORCHRUN, "-m", "clip_finetune", "train", base, tmp_path / "2", *options],
+        env=CPU, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "trained"  # one JSON for both
-    losses = [
-        [json.loads(row)["loss"] for row in (out / "training/metrics.jsonl").open()]
-        for out in (tmp_path / "1", tmp_path / "2")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    rows = [metrics(out) for out in (tmp_path / "1", tmp_path / "2")]
+    for key in ("loss", "accuracy", "lr"):
+        one, two = ([row[key] for row in of_run] for of_run in rows)
+        assert one == pytest.approx(two, abs=1e-4), key
+    states = [weights(out) for out in (tmp_path / "1", tmp_path / "2")]
+    for name, weight in states[0].items():
+        if not name.endswith("in_proj_bias"):  # the key bias is rounding noise (test_train.py)
+            torch.testing.assert_close(weight, states[1][name], atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ that task's own endless sequence of shuffled epochs. So a run continues anywhere
 and any number of processes sees the same global batches.
 """
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from clip_models import ModelError, Preprocess
+from clip_models import ImageError, Preprocess
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
     source: int  # which of the T tasks or sets
     images: Tensor  # [B, 3, S, S] uint8
     labels: Tensor  # [B] int64
+    draws: Tensor  # [B] int64, a random number for each image, e.g. to choose its prompt
     corrupt: int
 
 
@@ -38,29 +40,32 @@ class TrainBatches(Dataset[Batch]):
     def __init__(
         self,
         tasks: Sequence[LabelledSet],
-        preprocess: Preprocess,
+        decode: Callable[[bytes, int], Tensor],
         *,
         batch_size: int,
         seed: int,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        """Args: decode: encoded image and seed -> uint8 [3, S, S], as `Preprocess.train`."""
         if batch_size % world:
             raise FinetuneError(
                 f"--batch-size {batch_size} does not divide among {world} processes"
             )
-        self.tasks, self.preprocess, self.seed = tasks, preprocess, seed
+        self.tasks, self.decode, self.seed = tasks, decode, seed
         self.batch_size, self.rank, self.share = batch_size, rank, batch_size // world
 
     def __getitem__(self, step: int) -> Batch:
         task = step % len(self.tasks)
         first = step // len(self.tasks) * self.batch_size + self.rank * self.share
         rows = [self._sample(task, position) for position in range(first, first + self.share)]
-        images, labels, corrupt = zip(*rows, strict=True)
-        return Batch(task, torch.stack(images), torch.tensor(labels), sum(corrupt))
+        images, labels, draws, corrupt = zip(*rows, strict=True)
+        columns = torch.tensor(labels), torch.tensor(draws)
+        found = min(sum(corrupt), max(len(self.tasks[task]), self.share))
+        return Batch(task, torch.stack(images), *columns, found)
 
-    def _sample(self, task: int, position: int) -> tuple[Tensor, int, int]:
-        """(image, label, 1 if corrupt) at `position` of the task's endless sequence.
+    def _sample(self, task: int, position: int) -> tuple[Tensor, int, int, int]:
+        """(image, label, random number, 1 if corrupt) at `position` of the task's sequence.
 
         An image that cannot be decoded is replaced by the one stored after it, so that the batch
         keeps its size and the same position always gives the same image.
@@ -72,11 +77,12 @@ class TrainBatches(Dataset[Batch]):
         for skipped in range(len(data)):
             candidate = (index + skipped) % len(data)
             try:
-                image = self.preprocess.train(data.read(candidate), seed=crop)
-            except ModelError:
+                image = self.decode(data.read(candidate), crop)
+            except ImageError:
                 continue
-            return image, int(data.label_N[candidate]), int(skipped > 0)
-        raise FinetuneError(f"{data.path / data.split}: not one image can be decoded")
+            return image, int(data.label_N[candidate]), crop, int(skipped > 0)
+        nothing = torch.empty(0, dtype=torch.uint8)  # of all images: `refuse_corrupt` ends the run
+        return nothing, 0, crop, len(data)
 
 
 def derive_seed(*key: int) -> int:
@@ -113,7 +119,7 @@ class EvalBatches(Dataset[Batch]):
         for index in span:
             try:
                 images.append(self.preprocess.eval(data.read(index)))
-            except ModelError:
+            except ImageError:
                 continue
             kept.append(index)
         size = self.preprocess.size
@@ -121,7 +127,7 @@ class EvalBatches(Dataset[Batch]):
             torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
         )
         labels = torch.from_numpy(data.label_N[kept])
-        return Batch(source, stacked, labels, len(span) - len(kept))
+        return Batch(source, stacked, labels, torch.tensor(kept), len(span) - len(kept))
 
 
 def loader(batches: Dataset[Batch], order: Sequence[int], *, workers: int) -> DataLoader[Batch]:
@@ -132,7 +138,14 @@ def loader(batches: Dataset[Batch], order: Sequence[int], *, workers: int) -> Da
         sampler=order,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
     )
+
+
+def _ignore_signals(_worker: int) -> None:
+    """SIGTERM and Ctrl-C reach the whole process group; when to stop is the parent's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def refuse_corrupt(data: LabelledSet, corrupt: int, drawn: int) -> None:

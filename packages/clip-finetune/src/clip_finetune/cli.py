@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 from clip_models import ModelError
 
-from clip_finetune.config import TrainConfig
+from clip_finetune.config import CurveConfig, TrainConfig
 from clip_finetune.errors import FinetuneError
+from clip_finetune.recipes import RECIPES
 
 _Command = Callable[..., Any]
 
@@ -48,13 +49,29 @@ def _option(field: Field[Any], hint: Any) -> Callable[[Any], Any]:
         settings["multiple"] = True
     if get_origin(hint) is Literal:
         settings["type"] = click.Choice(get_args(hint))
+    elif hint is bool:
+        settings["is_flag"] = True
     else:
         settings["type"] = click.Path(path_type=Path) if hint is Path else hint
     if field.default is MISSING:
         settings["required"] = True
     else:
-        settings |= {"default": field.default, "show_default": field.default != ()}
+        shown = field.default not in ((), "", False)
+        settings |= {"default": field.default, "show_default": shown}
     return click.option("--" + field.name.replace("_", "-"), **settings)
+
+
+def _fill_in(ctx: click.Context, _: click.Parameter, name: str | None) -> None:
+    """A recipe's values take the place of the defaults, and what is said beside it theirs."""
+    if name is not None:
+        ctx.default_map = {**(ctx.default_map or {}), **RECIPES[name]}
+
+
+def _configured(config: type[Any], options: dict[str, Any]) -> Any:
+    try:
+        return config(**options)
+    except FinetuneError as error:
+        raise click.UsageError(str(error)) from error
 
 
 _FOLDER = click.Path(path_type=Path)
@@ -73,17 +90,27 @@ def main() -> None:
 @main.command()
 @click.argument("model", type=_FOLDER)
 @click.argument("out", type=_FOLDER)
+@click.option(
+    "--recipe", type=click.Choice(tuple(RECIPES)), is_eager=True, expose_value=False,
+    callback=_fill_in, metavar="NAME",
+    help="A published recipe, where no option says else; the defaults are joint-8's. One of "
+    f"{', '.join(RECIPES)}.",
+)  # fmt: skip
 @_options_of(TrainConfig)
-def train(model: Path, out: Path, **options: Any) -> None:
-    """Train the image tower of MODEL against frozen heads into the model directory OUT.
+@click.option("--dry-run", is_flag=True, help="Print what the run would be, and write nothing.")
+def train(model: Path, out: Path, dry_run: bool, **options: Any) -> None:
+    """Fine-tune MODEL on labelled sets into the model directory OUT, with a head for each set.
 
-    The text tower and the heads stay as they are; the heads go along to OUT/heads. SIGTERM saves
-    the train state (OUT.state) and exits with 3; the same command then continues.
+    By default only the image tower learns; the text tower and the heads stay as they are. SIGTERM
+    and Ctrl-C save the train state (OUT.state) and exit with 3; the same command then continues.
+    Run it under `accelerate launch` or torchrun for several processes.
     """
-    try:
-        config = TrainConfig(**options)
-    except FinetuneError as error:
-        raise click.UsageError(str(error)) from error
+    config = _configured(TrainConfig, options)
+    if dry_run:
+        from clip_finetune.dry_run import plan_run
+
+        _echo(plan_run(model, config))
+        return
     from clip_finetune.loop import train as run
 
     result = run(model, out, config)
@@ -107,46 +134,37 @@ def interpolate(base: Path, finetuned: Path, out: Path, alpha: float, extrapolat
 
 
 @main.command()
+@click.argument("models", type=_FOLDER, nargs=-1, required=True)
+@click.argument("out", type=_FOLDER)
+@click.option("--weights", default="", help="Of the models in order, e.g. 0.5,0.3,0.2.  "
+              "Default: all the same.")  # fmt: skip
+@click.option("--extrapolate", is_flag=True, help="Allow weights outside 0 to 1.")
+def soup(models: tuple[Path, ...], out: Path, weights: str, extrapolate: bool) -> None:
+    """Write the weighted mean of MODELS, heads included, as the model directory OUT."""
+    from clip_finetune.interpolate import soup_models as run
+
+    try:
+        shares = [float(part) for part in weights.split(",")] if weights else []
+    except ValueError as error:
+        raise click.BadParameter("expected numbers with commas", param_hint="--weights") from error
+    _echo(run(models, out, shares, extrapolate=extrapolate))
+
+
+@main.command()
 @click.argument("base", type=_FOLDER)
 @click.argument("finetuned", type=_FOLDER)
 @click.argument("out", type=_FOLDER)
-@click.option("--id", "id_set", type=_FOLDER, required=True, help="Labelled set tuned on.")
-@click.option(
-    "--ood", "ood_sets", type=_FOLDER, required=True, multiple=True,
-    help="Labelled set under a shift; repeat it for several.",
-)  # fmt: skip
-@click.option(
-    "--alphas", default="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", show_default=True,
-    help="Points of the curve.",
-)  # fmt: skip
-@click.option("--split", default="test", show_default=True, help="Split that is reported.")
-@click.option("--val-split", default="val", show_default=True, help="Split that chooses alpha.")
-@click.option(
-    "--rule", type=click.Choice(["best-id", "best-mean", "fixed"]), default="best-id",
-    show_default=True,
-    help="Chosen alpha: best on ID, best mean of ID and OOD (both on --val-split), or 0.5.",
-)  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True,
-              help="Images encoded at once.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(0), default=4, show_default=True,
-              help="Processes that decode images.")  # fmt: skip
-@click.option("--device", help="cpu, cuda, …  Default: cuda where there is one.")
-def curve(base: Path, finetuned: Path, out: Path, alphas: str, **options: Any) -> None:
-    """Accuracy at every alpha on an ID set and on shifted sets, in one pass over the images.
+@_options_of(CurveConfig)
+def curve(base: Path, finetuned: Path, out: Path, **options: Any) -> None:
+    """Accuracy at every alpha on ID sets and on others, in one pass over the images.
 
     Writes OUT/curve.json and OUT/curve.png. BASE is the zero-shot model, FINETUNED what `train`
     made of it.
     """
+    config = _configured(CurveConfig, options)
     from clip_finetune.curve import measure_curve as run
 
-    _echo(run(base, finetuned, out, alphas=_numbers(alphas), **options))
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise click.BadParameter("expected numbers with commas", param_hint="--alphas") from error
+    _echo(run(base, finetuned, out, config))
 
 
 def _echo(result: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """The train state of an unfinished run: OUT.state/ beside the model directory it will become.
 
-    OUT.state/state.pt        step, image tower, optimizer; replaced as a whole at each save
+    OUT.state/state.pt        step, what learns, its running mean, optimizer; replaced as a whole
     OUT.state/metrics.jsonl   a line a step
     OUT.state/model/          the finished model while it is being written; then renamed to OUT
 
-It is private to `clip-finetune train`, and gone when OUT is there.
+It is private to `clip-finetune train`, and gone when OUT is there. The order of samples, the crops,
+the rate and each step's random numbers are functions of seed and step: nothing else needs saving.
 """
 
 import json
@@ -40,16 +41,21 @@ class TrainState:
         return state
 
     def save(self, **state: Any) -> None:
-        """Write the state whole or not at all."""
+        """Write the state whole or not at all, also if the machine goes down."""
         temporary = self._file.with_suffix(".tmp")
-        torch.save({"run": self.run, **state}, temporary)
+        with temporary.open("wb") as file:
+            torch.save({"run": self.run, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self._file)
 
     def begin(self, steps: int) -> None:
         """Make the folder, and drop the metrics of all but the first `steps`: they come again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.is_file() else []
-        self.metrics.write_text("".join(lines[:steps]))
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(lines[:steps]))
+        os.replace(temporary, self.metrics)
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
