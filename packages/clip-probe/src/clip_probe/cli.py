@@ -4,19 +4,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from clip_models import ModelError
 
+from clip_probe.cli_options import FOLDER, detail_options, encoding_options, load
+from clip_probe.cli_suite import compare, robustness, suite
 from clip_probe.errors import ProbeError
-
-if TYPE_CHECKING:
-    from clip_models import LoadedModel
-
-FOLDER = click.Path(path_type=Path)
 
 
 class _Group(click.Group):
@@ -48,82 +44,6 @@ class _Shots(click.ParamType[tuple[int, ...]]):
         return tuple(sorted({int(part) for part in parts}))
 
 
-def _encoding_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How images are read and encoded; the same for every command."""
-    for decorate in reversed(
-        [
-            click.option(
-                "--batch-size",
-                default=64,
-                show_default=True,
-                type=click.IntRange(1),
-                help="Images encoded at once.",
-            ),
-            click.option(
-                "--workers",
-                default=2,
-                show_default=True,
-                type=click.IntRange(0),
-                help="Processes that decode images; 0 decodes in the main process.",
-            ),
-            click.option(
-                "--device",
-                type=click.Choice(["auto", "cpu", "cuda"]),
-                default="auto",
-                show_default=True,
-                help="Where the model runs; auto takes cuda where there is one.",
-            ),
-            click.option(
-                "--precision",
-                type=click.Choice(["fp32", "bf16"]),
-                default="fp32",
-                show_default=True,
-                help="Of the image tower; scores are always computed in float32.",
-            ),
-            click.option(
-                "--cache",
-                type=FOLDER,
-                metavar="DIR",
-                help="Keep features here: no image is encoded twice by one model, and what was "
-                "interrupted continues.",
-            ),
-        ]
-    ):
-        command = decorate(command)
-    return command
-
-
-def _detail_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Files about each head on each set."""
-    for decorate in (
-        click.option(
-            "--save-predictions",
-            is_flag=True,
-            help="With --output, also predictions.parquet: what was said of each image.",
-        ),
-        click.option(
-            "--output",
-            type=FOLDER,
-            metavar="DIR",
-            help="Write tables by class, the confusion matrix and a reliability plot to DIR/SET.",
-        ),
-    ):
-        command = decorate(command)
-    return command
-
-
-def _load(model: Path, device: str) -> "LoadedModel":
-    import torch
-    from clip_models import load_model
-
-    from clip_probe.features import place
-
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise ProbeError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return load_model(model, device=place("cuda" if cuda and device != "cpu" else "cpu"))
-
-
 @click.group(cls=_Group)
 @click.version_option(package_name="clip-probe")
 def main() -> None:
@@ -153,8 +73,8 @@ def main() -> None:
     metavar="FILE|NAME",
     help="Class names, one a line, or a list known by name (imagenet), instead of the sets' own.",
 )
-@_detail_options
-@_encoding_options
+@detail_options
+@encoding_options
 def zeroshot(
     model: Path,
     sets: tuple[Path, ...],
@@ -167,7 +87,7 @@ def zeroshot(
     from clip_probe.evaluate import Details, zeroshot
 
     details = Details(output, save_predictions)
-    for result in zeroshot(_load(model, device), sets, details=details, **options):
+    for result in zeroshot(load(model, device), sets, details=details, **options):
         click.echo(json.dumps(result))
 
 
@@ -182,8 +102,8 @@ def zeroshot(
     help="A head of MODEL (heads/NAME.safetensors); may be given several times.",
 )
 @click.option("--split", default="test", show_default=True, help="The split to evaluate.")
-@_detail_options
-@_encoding_options
+@detail_options
+@encoding_options
 def evaluate(
     model: Path,
     sets: tuple[Path, ...],
@@ -201,7 +121,7 @@ def evaluate(
     from clip_probe.evaluate import Details, evaluate_heads
 
     details = Details(output, save_predictions)
-    for result in evaluate_heads(_load(model, device), sets, heads, details=details, **options):
+    for result in evaluate_heads(load(model, device), sets, heads, details=details, **options):
         click.echo(json.dumps(result))
 
 
@@ -243,7 +163,7 @@ def evaluate(
 @click.option(
     "--output", type=FOLDER, metavar="DIR", help="Write DIR/sweep.json and DIR/shots.png."
 )
-@_encoding_options
+@encoding_options
 def sweep(model: Path, dataset: Path, save_head: str | None, device: str, **options: Any) -> None:
     """Fit linear probes on the features of SET: full data and few shots.
 
@@ -255,94 +175,9 @@ def sweep(model: Path, dataset: Path, save_head: str | None, device: str, **opti
     """
     from clip_probe.sweep import sweep
 
-    result = sweep(_load(model, device), dataset, head_name=save_head, **options)
+    result = sweep(load(model, device), dataset, head_name=save_head, **options)
     click.echo(json.dumps(result))
 
 
-@main.command()
-@click.argument("file", metavar="SUITE.toml", type=FOLDER)
-@click.argument("output", metavar="OUT", type=FOLDER)
-@_encoding_options
-def suite(file: Path, output: Path, device: str, **options: Any) -> None:
-    """Evaluate models on sets as a TOML file says: zero-shot, linear probes, a report.
-
-    \b
-    [models]
-    small = "runs/small/model"
-    [[sets]]
-    path = "sets/pets"           # also: name, split, templates, classnames
-    probe = { val_split = "val" } # true, or options of sweep; without it no probe
-    [probe]                      # options of sweep for every probe
-    shots = [1, 4, 16]
-    [averages]                   # besides VTAB+, VTAB and robustness of the paper
-    mine = ["pets", "cars"]
-    [robustness]
-    base = "pets"                # and shifted = [...], baseline = [models]
-    [retrieval]
-    results = ["retrieval.jsonl"] # lines of clip-retrieval eval
-
-    OUT/results.jsonl gets a line for each model, set and task; OUT/report.html and report.md say
-    what they mean. Run again, it continues, and does again what has changed. Features are kept in
-    OUT/features, unless --cache names another folder.
-    """
-    from clip_probe.suite import suite
-
-    click.echo(json.dumps(suite(file, output, lambda path: _load(path, device), **options)))
-
-
-@main.command()
-@click.argument("a", type=FOLDER)
-@click.argument("b", type=FOLDER)
-@click.option("--model-a", metavar="NAME", help="The model of A.  [default: those in both]")
-@click.option("--model-b", metavar="NAME", help="The model of B.  [default: those in both]")
-def compare(a: Path, b: Path, model_a: str | None, model_b: str | None) -> None:
-    """Compare two suites, A and B, image by image: one JSON line per model, set and metric.
-
-    A difference is B minus A. Top-1 has McNemar's exact p-value, also adjusted for the number of
-    sets (Holm); all scores with predictions have the 95% interval of a paired bootstrap. A and B
-    may be one folder: give its two models.
-    """
-    from clip_probe.compare import compare
-
-    for row in compare(a, b, model_a, model_b):
-        click.echo(json.dumps(row))
-
-
-@main.command()
-@click.argument(
-    "results", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True)
-)
-@click.option("--base", required=True, metavar="SET", help="The set that others are shifted from.")
-@click.option(
-    "--shifted", multiple=True, metavar="SET", help="A shifted set.  [default: all others]"
-)
-@click.option(
-    "--baseline",
-    multiple=True,
-    metavar="MODEL",
-    help="A model that says what is usual; two or more give a line, and effective robustness.",
-)
-@click.option("--plot", type=FOLDER, metavar="FILE", help="Draw shifted against base accuracy.")
-def robustness(
-    results: tuple[Path, ...],
-    base: str,
-    shifted: tuple[str, ...],
-    baseline: tuple[str, ...],
-    plot: Path | None,
-) -> None:
-    """Accuracy under distribution shift: one JSON line per model.
-
-    RESULTS are files of lines that zeroshot, eval or suite printed; - is stdin. A set goes by its
-    folder's name, a model by its path and head, or by their names in the suite.
-    """
-    from clip_probe.files import write_file
-    from clip_probe.results import read_results
-    from clip_probe.robustness import plot_robustness, robustness, scores_of
-
-    scores = scores_of([row for file in results for row in read_results(file)])
-    sets = dict.fromkeys(name for by_set in scores.values() for name in by_set)
-    others = shifted or tuple(name for name in sets if name != base)
-    for row in robustness(scores, base, others, baseline):
-        click.echo(json.dumps(row))
-    if plot:
-        write_file(plot, lambda to: plot_robustness(scores, base, others, baseline, to))
+for command in (suite, compare, robustness):
+    main.add_command(command)

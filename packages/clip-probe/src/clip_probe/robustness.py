@@ -138,7 +138,7 @@ def plot_robustness(
     lines = baseline_lines(scores, base, shifted, baseline)
     columns = min(3, len(shifted))
     tall = -(-len(shifted) // columns)
-    figure = Figure(figsize=(0.8 + 3.9 * columns, 0.9 + 3.6 * tall), layout="constrained")
+    figure = Figure(figsize=(0.8 + 3.9 * columns, 0.9 + 3.6 * tall), layout="compressed")
     panels = figure.subplots(tall, columns, squeeze=False).flatten()
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
     values = [v for row in rows for v in (row["base"], *row["shifted"].values())]
@@ -170,7 +170,7 @@ def plot_robustness(
             axis.set_ticks(places)
             axis.set_ticklabels([f"{share:.0%}" for share in shown])
             axis.set_minor_formatter(NullFormatter())
-        panel.set_aspect("equal")
+        panel.set_box_aspect(1)
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")

@@ -4,19 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_probe.averages import IMAGENET, PROBE_AVERAGES, ZEROSHOT_AVERAGES, average
+from clip_probe.averages import PROBE_AVERAGES, ZEROSHOT_AVERAGES, average
 from clip_probe.files import write_file, write_text
 from clip_probe.robustness import plot_robustness, robustness
 from clip_probe.suite_config import SuiteConfig
 from clip_probe.suite_plots import plot_few_shot, plot_zeroshot
+from clip_probe.suite_summary import ARROWS, RECALLS, add_summary
 from clip_probe.tables import Cell, Report, best_of, percent
 
 Row = Mapping[str, Any]
-RECALLS = ("image_retrieval_recall@", "text_retrieval_recall@")
-ARROWS = {
-    "image_retrieval_recall@": "text to image R@",
-    "text_retrieval_recall@": "image to text R@",
-}
 
 
 def write_report(config: SuiteConfig, rows: Sequence[Row], output: Path) -> dict[str, Any]:
@@ -36,7 +32,7 @@ def write_report(config: SuiteConfig, rows: Sequence[Row], output: Path) -> dict
     shifts = []
     if robust:
         shifts = robustness(zeroshot, robust.base, robust.shifted, robust.baseline)
-    _summary(report, models, rows, zeroshot, averages, probe_averages, shifts, robust)
+    add_summary(report, models, rows, zeroshot, averages, probe_averages, shifts, robust)
     _zeroshot(report, models, by_task["zeroshot"], averages, output)
     if robust:
         _robustness(report, zeroshot, shifts, robust.base, robust.shifted, robust.baseline, output)
@@ -73,60 +69,6 @@ def _averages(
         name: {model: average(scores.get(model, {}), sets) for model in config.models}
         for name, sets in {**papers, **config.averages}.items()
     }
-
-
-def _summary(
-    report: Report,
-    models: Sequence[str],
-    rows: Sequence[Row],
-    zeroshot: Mapping[str, Mapping[str, float]],
-    averages: Mapping[str, Mapping[str, float | None]],
-    probe_averages: Mapping[str, Mapping[str, float | None]],
-    shifts: Sequence[Row],
-    robust: Any,
-) -> None:
-    """A line for each model, as in the paper's table; columns without figures are left out."""
-    report.heading("Summary")
-    first = {model: next(row for row in rows if row["name"] == model) for model in models}
-    base = robust.base if robust else IMAGENET
-    columns: list[tuple[str, list[str], list[float | None]]] = []
-    for title, key, scale in (
-        ("parameters, M", "parameters", 1e6),
-        ("GMACs a pair", "gmacs", 1),
-        ("samples seen", "samples_seen", 1),
-    ):
-        values = [first[model].get(key) for model in models]
-        digits = 0 if key == "samples_seen" else 2
-        texts = ["–" if v is None else f"{v / scale:,.{digits}f}" for v in values]
-        columns.append((title, texts, [None] * len(models)))
-
-    def add(title: str, values: Sequence[float | None]) -> None:
-        columns.append((title, [percent(value) for value in values], list(values)))
-
-    add(f"{base}, top-1", [zeroshot.get(model, {}).get(base) for model in models])
-    if shifts:
-        mean = {row["model"]: row["shifted_mean"] for row in shifts}
-        add(f"mean of {len(robust.shifted)} shifts", [mean.get(model) for model in models])
-    for name, by_model in averages.items():
-        add(f"{name}, zero-shot", [by_model[model] for model in models])
-    for name, by_model in probe_averages.items():
-        add(f"{name}, probe", [by_model[model] for model in models])
-    found = {
-        (row["name"], row["set"]): row["metrics"] for row in rows if row["task"] == "retrieval"
-    }
-    for name in dict.fromkeys(dataset for _, dataset in found):
-        for kind in RECALLS:
-            recalls = [found.get((model, name), {}).get(f"{kind}5") for model in models]
-            add(f"{name}, {ARROWS[kind]}5", recalls)
-    columns = [c for c in columns if any(text != "–" for text in c[1])]
-    cells = [best_of(values, texts) for _, texts, values in columns]
-    lines = [[model, *(column[n] for column in cells)] for n, model in enumerate(models)]
-    report.table(["model", *(title for title, _, _ in columns)], lines)
-    missing = [name for name, by_model in averages.items() if not any(by_model.values())]
-    report.paragraph(
-        "Scores are in percent; the best of a kind is bold."
-        + (f" Not all of their sets are here: {', '.join(missing)}." if missing else "")
-    )
 
 
 def _zeroshot(
