@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +19,8 @@ from sklearn.datasets import load_digits
 
 torch.set_num_threads(1)
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-Rows = Iterable[tuple[bytes, int]]  # encoded image, label
+Label = int | np.ndarray
+Rows = Iterable[tuple[bytes, Label]]  # encoded image, label; or a 0 or 1 for each class
 WriteSet = Callable[..., Path]
 
 
@@ -51,11 +54,20 @@ def write_labelled_set(
         for shard in range(shards):
             with tarfile.open(folder / f"{shard}.tar", "w") as tar:
                 for i, (image, label) in list(enumerate(listed))[shard::shards]:
-                    for ending, data in ((extension, image), ("cls", str(label).encode())):
+                    for ending, data in ((extension, image), label_member(label)):
                         info = tarfile.TarInfo(f"s{i:07d}.{ending}")
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def label_member(label: Label) -> tuple[str, bytes]:
+    """The extension and content of a label's file."""
+    if isinstance(label, int):
+        return "cls", str(label).encode()
+    out = io.BytesIO()
+    np.save(out, label)
+    return "npy", out.getvalue()
 
 
 def digit_rows() -> list[tuple[bytes, int]]:
@@ -75,6 +87,22 @@ def digits(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[bytes, int
     """train 300, val 100, test 400."""
     splits: dict[str, Rows] = {"train": rows[:300], "val": rows[300:400], "test": rows[400:800]}
     return write_labelled_set(tmp_path_factory.mktemp("sets") / "digits", splits)
+
+
+PROPERTIES = ["even", "odd", "prime", "small", "a letter"]
+
+
+@pytest.fixture(scope="session")
+def properties(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[bytes, int]]) -> Path:
+    """200 digits with many labels each; one class has no image."""
+    test = [
+        (image, np.array([d % 2 == 0, d % 2 == 1, d in (2, 3, 5, 7), d < 5, False], np.int64))
+        for image, d in rows[400:600]
+    ]
+    folder = tmp_path_factory.mktemp("sets") / "properties"
+    path = write_labelled_set(folder, {"test": test}, PROPERTIES)
+    (path / "dataset_type.txt").write_text("multilabel\n")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +154,29 @@ def fail() -> Callable[..., str]:
         return line
 
     return fail
+
+
+@pytest.fixture
+def kill_at() -> Callable[[int, Callable[[], object]], bool]:
+    """Do some work in a forked process, which SIGKILL ends at its n-th rename; whether it came."""
+
+    def kill_at(number: int, work: Callable[[], object]) -> bool:
+        if (child := os.fork()) == 0:
+            replace, renames = os.replace, iter(range(number - 1))
+
+            def rename(source: Any, target: Any) -> None:
+                if next(renames, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(source, target)
+
+            os.replace = rename
+            try:
+                work()
+            finally:
+                os._exit(0)
+        return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+    return kill_at
 
 
 def invoke(*arguments: object) -> Any:

@@ -1,19 +1,33 @@
 """`zeroshot` and `eval` equal open_clip on the same directory; what does not fit is refused."""
 
+import csv
+import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_models import Head, build_head, load_model, save_head
+from clip_models import Head, build_head, load_model, read_templates, save_head
+from clip_probe.datasets import open_split
 from clip_probe.features import encode
+from clip_probe.predictions import read_predictions
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    precision_score,
+    recall_score,
+)
+
+from .conftest import NAMES
+from .test_metrics import benchmark_average_precisions
 
 Run = Callable[..., list[dict[str, Any]]]
 Fail = Callable[..., str]
@@ -68,7 +82,7 @@ def test_zeroshot_equals_open_clip(
     assert row["acc1"] == benchmark_accuracy(logits, target, 1)
     assert row["acc5"] == benchmark_accuracy(logits, target, 5)
     expected = balanced_accuracy_score(target, logits.argmax(1))
-    assert row["mean_per_class_recall"] == pytest.approx(expected, abs=1e-15)
+    assert row["mean_per_class_recall"] == expected
     assert (row["samples"], row["failed"], row["classes"]) == (400, 0, 10)
     assert row["acc1_ci95"][0] < row["acc1"] < row["acc1_ci95"][1]
 
@@ -173,6 +187,21 @@ def test_heads_on_either_feature_share_the_decoding(
     assert len(calls) == 1
 
 
+def test_a_head_with_more_classes_than_the_set(
+    run: Run, model: Path, digits: Path, rows: Digits, write_set: WriteSet, tmp_path: Path
+) -> None:
+    """As ImageNet's head on the 200 classes of ImageNet-R: the others cannot be named."""
+    names = (digits / "classnames.txt").read_text().splitlines()
+    save_head(model, "all", build_head(load_model(model), names, ["{c}"]))
+    few = [(image, 4 - label) for image, label in rows[:300] if label < 5]
+    path = write_set(tmp_path / "few", {"test": few}, names[4::-1], ("{c}",))
+    (zeroshot,) = run("zeroshot", model, path)
+    (row,) = run("eval", model, path, "--head", "all")
+    for key in ("acc1", "acc5", "mean_per_class_recall", "ece"):
+        assert row[key] == zeroshot[key]
+    assert row["classes"] == 5
+
+
 def test_heads_that_do_not_fit(
     fail: Fail, run: Run, model: Path, digits: Path, changed: Path
 ) -> None:
@@ -196,3 +225,93 @@ def test_heads_that_do_not_fit(
     (changed / "classnames.txt").write_text("\n".join(twice) + "\n")
     run("eval", model, changed, "--head", "twice")  # the same names in the same order
     assert "a class name twice" in fail("eval", model, changed, "--head", "twice-mixed")
+
+
+def test_many_labels_equal_clip_benchmark(
+    run: Run, model_dir: Path, properties: Path, tmp_path: Path
+) -> None:
+    """mAP by its formula (test_metrics) from open_clip's logits; the table by class."""
+    output = ("--output", tmp_path, "--save-predictions")
+    (row,) = run("zeroshot", model_dir, properties, *output)
+    split = open_split(properties, "test", multilabel=True)
+    name = f"local-dir:{model_dir}"
+    theirs, _, transform = open_clip.create_model_and_transforms(name)
+    theirs.eval()
+    images = [transform(Image.open(io.BytesIO(split.read(n)))) for n in range(200)]
+    truth = torch.zeros(200, 5, dtype=torch.int64)
+    for n, sample in enumerate(split.samples):
+        truth[n, list(sample.labels)] = 1
+    with torch.no_grad():
+        classifier = open_clip.build_zero_shot_classifier(
+            theirs,
+            open_clip.get_tokenizer(name),
+            split.class_names,
+            [lambda c: f'a photo of the number: "{c}".', lambda c: f"a drawing of {c}."],
+            device="cpu",
+        )
+        logits = 100.0 * F.normalize(theirs.encode_image(torch.stack(images)), dim=-1) @ classifier
+    expected = benchmark_average_precisions(logits, truth)
+    assert row["mean_average_precision"] == expected.mean().item()
+    assert "acc1" not in row
+    with (tmp_path / "properties/per_class.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["average_precision"]) for line in table] == expected.tolist()
+    assert [int(line["positives"]) for line in table] == truth.sum(0).tolist()
+    saved = read_predictions(tmp_path / "properties/predictions.parquet")
+    assert [tuple(labels) for labels in saved["labels"]] == [s.labels for s in split.samples]
+    assert torch.allclose(
+        torch.tensor(np.stack(saved["scores"])), logits / 100 * 14.2857, atol=1e-3
+    )
+
+
+def test_details_of_a_set(run: Run, fail: Fail, model: Path, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = ("--output", out, "--save-predictions")
+    (row,) = run("zeroshot", model, digits, *output)
+    assert json.loads((out / "digits/result.json").read_text()) == row
+    saved = read_predictions(out / "digits/predictions.parquet")
+    labels, predicted = saved["label"], saved["predicted"]
+    assert (labels == predicted).mean() == row["acc1"]
+    assert [row[0] for row in saved["best"]] == predicted.tolist()
+    assert saved["label_name"][0] == NAMES[labels[0]]
+    assert saved["key"][:2].tolist() == ["s0000000", "s0000002"]  # in shard order
+    assert saved["confidence"].min() >= 0.1
+    expected = confusion_matrix(labels, predicted, labels=range(10))
+    with (out / "digits/confusion.csv").open() as file:
+        header, *lines = csv.reader(file)
+    assert header == ["label", *NAMES]
+    assert [[int(n) for n in line[1:]] for line in lines] == expected.tolist()
+    with (out / "digits/per_class.csv").open() as file:
+        table = list(csv.DictReader(file))
+    recalls = recall_score(labels, predicted, average=None)
+    assert [float(line["recall"]) for line in table] == pytest.approx(recalls.tolist())
+    precisions = precision_score(labels, predicted, average=None, zero_division=0)
+    assert [float(line["precision"] or 0) for line in table] == pytest.approx(precisions.tolist())
+    off_diagonal = expected - np.diag(np.diag(expected))
+    assert [int(line["confused"]) for line in table] == off_diagonal.max(1).tolist()
+    for name in ("confusion", "reliability"):
+        assert Image.open(out / f"digits/{name}.png").format == "PNG"
+
+    save_head(model, "zs", build_head(load_model(model), NAMES, read_templates(digits)))
+    (other,) = run("eval", model, digits, "--head", "zs", *output)
+    assert json.loads((out / "digits/zs/result.json").read_text()) == other
+    again = read_predictions(out / "digits/zs/predictions.parquet")
+    assert again["predicted"].tolist() == predicted.tolist()
+
+    assert "give --output too" in fail("zeroshot", model, digits, "--save-predictions")
+    assert "two sets would share" in fail("zeroshot", model, digits, digits, "--output", out)
+
+
+def test_class_names_of_another_language(
+    run: Run, fail: Fail, model_dir: Path, digits: Path, tmp_path: Path
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("null\neins\nzwei\ndrei\nvier\nfünf\nsechs\nsieben\nacht\n\n")
+    (own,) = run("zeroshot", model_dir, digits)
+    (other,) = run("zeroshot", model_dir, digits, "--classnames", names)
+    assert other["classes"] == 10  # the last one's name is empty
+    assert other["digest"] != own["digest"]
+    (named,) = run("zeroshot", model_dir, digits, "--templates", "simple-imagenet")
+    assert named["templates_hash"] != own["templates_hash"]
+    names.write_text("null\n")
+    assert "beyond the 1 class names" in fail("zeroshot", model_dir, digits, "--classnames", names)

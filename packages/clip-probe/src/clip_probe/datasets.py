@@ -199,7 +199,7 @@ def _labels(data: bytes, where: str, classes: int) -> tuple[int, ...]:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ProbeError(
-            f"{where}: its .npy is damaged or holds no plain array ({error})"
+            f"{where}: expected a plain array in .npy, found none ({error})"
         ) from error
     if array.shape != (classes,) or not np.isin(array, (0, 1)).all():
         raise ProbeError(
