@@ -52,7 +52,9 @@ def evaluate_retrieval(
     directories = [_find(path, split) for path in sets]
     loaded = load_model(model, where)
     for path, (directory, found_split) in zip(sets, directories, strict=True):
-        images_ND, texts_MD, owner_M, failed = _embed(loaded, directory, batch_size, workers)
+        images_ND, texts_MD, owner_M, failed = embed_set(
+            loaded, directory, batch_size=batch_size, workers=workers
+        )
         log.info("%s: %d images, %d captions", path, len(images_ND), len(texts_MD))
         yield {
             "dataset": str(path),
@@ -165,10 +167,14 @@ def _find(path: Path, split: str) -> tuple[Path, str | None]:
     raise RetrievalError(f"{path} has no split {split!r}: {found}; give --split or another set")
 
 
-def _embed(
-    loaded: LoadedModel, directory: Path, batch_size: int, workers: int
+def embed_set(
+    loaded: LoadedModel, directory: Path, *, batch_size: int = 128, workers: int = 2
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Images [N, D], captions [M, D], each caption's image [M], and the images not read."""
+    """Images [N, D], captions [M, D], each caption's image [M], and the images not read.
+
+    Raises:
+        RetrievalError: no pictures, a picture without a caption, too many that are broken.
+    """
     rows, captions, failed = list[np.ndarray](), list[list[str]](), 0
     shards = list_shards(directory)
     for part in embed_images(loaded, shards, batch_size=batch_size, workers=workers):
