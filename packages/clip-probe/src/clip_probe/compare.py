@@ -23,10 +23,9 @@ from clip_probe.errors import ProbeError
 from clip_probe.metrics import DRAWS, bootstrap_mean_average_precision, interval_of
 from clip_probe.predictions import read_predictions
 from clip_probe.results import read_results
-from clip_probe.suite import folder_of
+from clip_probe.suite import FOLDERS, folder_of
 
 Row = dict[str, Any]
-FOLDERS = {"zeroshot": "details", "probe": "probes"}
 
 
 def compare(

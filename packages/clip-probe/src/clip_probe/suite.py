@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from clip_probe.suite_report import write_report
 from clip_probe.sweep import sweep
 
 Row = dict[str, Any]
+FOLDERS = {"zeroshot": "details", "probe": "probes"}
 logger = logging.getLogger(__name__)
 
 
@@ -68,36 +70,45 @@ def suite(
     config = read_suite(file, list(inspect.signature(sweep).parameters))
     options["cache"] = options.get("cache") or output / "features"
     sets = [_open(one) for one in config.sets]
+    plan = dict(_plan(config, sets, options))
+    retrieval = _retrieval_rows(config)
     results = output / "results.jsonl"
     earlier = read_results(results) if results.is_file() else []
     found = {(row["name"], row["set"], row["task"]): row for row in earlier}
-    plan = list(_plan(config, sets, options))
-    rows = {key: found[key] for key, wanted in plan if key in found and _same(found[key], wanted)}
+    rows = {
+        key: found[key]
+        for key, wanted in plan.items()
+        if key in found and found[key].get("depends_on") == wanted
+    }
     new = len(plan) - len(rows)
     for name, path in config.models.items():
-        todo = {key for key, _ in plan if key[0] == name and key not in rows}
-        if not todo:
+        if all(key in rows for key in plan if key[0] == name):
             continue
         model = load(path)
         for one in sets:
-            tasks = [
-                task for task in ("zeroshot", "probe") if (name, one.config.name, task) in todo
-            ]
-            for row in _run(model, one, tasks, output / "{}" / folder_of(name), options):
+            todo = {
+                task: output / folder / folder_of(name) / folder_of(one.config.name)
+                for task, folder in FOLDERS.items()
+                if (key := (name, one.config.name, task)) in plan and key not in rows
+            }
+            if "probe" in todo:
+                _begin_probe(todo["probe"], plan[name, one.config.name, "probe"])
+            for row in _run(model, one, todo, options):
                 key = (name, one.config.name, row["task"])
-                wanted = next(wanted for planned, wanted in plan if planned == key)
-                rows[key] = {"name": name, "set": one.config.name, **row, "depends_on": wanted}
-                _write_results(results, [rows[key] for key, _ in plan if key in rows])
+                rows[key] = {"name": name, "set": one.config.name, **row, "depends_on": plan[key]}
+                _write_results(results, [rows[key] for key in plan if key in rows])
     if not new:
         logger.info("nothing left to do: %s is complete", results)
-    ordered = [rows[key] for key, _ in plan] + _retrieval_rows(config)
+    ordered = [rows[key] for key in plan] + retrieval
     _write_results(results, ordered)
     report = write_report(config, ordered, output)
     return {"results": str(results), "lines": len(ordered), "new": new, **report}
 
 
 def _open(one: SetConfig) -> _Set:
-    split = open_split(one.path, one.split, class_names=one.classnames, multilabel=not one.probe)
+    split = open_split(
+        one.path, one.split, class_names=one.classnames, multilabel=one.probe is None
+    )
     templates = read_templates(one.templates or split.path)
     digests: dict[str, str] = {}
     if one.probe is not None:
@@ -127,36 +138,42 @@ def _plan(
                 yield (*key, "probe"), {**data, **probe}
 
 
-def _same(row: Row, wanted: Row) -> bool:
-    return row.get("depends_on") == wanted
+def _begin_probe(folder: Path, wanted: Row) -> None:
+    """Clear the folder of a probe that depended on something else; `sweep` continues its own."""
+    file = folder / "depends_on.json"
+    text = json.dumps(wanted, indent=1) + "\n"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_text(file, text)
 
 
 def _run(
-    model: LoadedModel, one: _Set, tasks: Sequence[str], where: Path, options: EncodeOptions
+    model: LoadedModel, one: _Set, todo: dict[str, Path], options: EncodeOptions
 ) -> Iterator[Row]:
-    """The lines of one model and set. The test images are decoded once, for both tasks."""
-    if not tasks:
+    """The lines of one model and set. The test images are decoded once, for both tasks.
+
+    Args: todo: the folder of each task.
+    """
+    if not todo:
         return
-    folder = folder_of(one.config.name)
     probe = one.config.probe or {}
     feature: Feature = probe.get("feature", "post")
-    kinds: list[Feature] = ["post", "pre"] if "probe" in tasks and feature == "pre" else ["post"]
+    kinds: list[Feature] = ["post", "pre"] if "probe" in todo and feature == "pre" else ["post"]
     encoded = encode(model, one.split, kinds, **options)
     figures = {
         **{key: profile(model.config)[key] for key in ("parameters", "gmacs")},
         "samples_seen": model.provenance.get("samples_seen"),
     }
-    if "zeroshot" in tasks:
+    if "zeroshot" in todo:
         head = zeroshot_head(model, one.split, one.config.templates)
         about = {**figures, **about_data("zeroshot", model, one.split, options), **about_head(head)}
-        details = Path(str(where).format("details")) / folder
-        yield evaluate(about, one.split, encoded, head, details, save_predictions=True)
-    if "probe" in tasks:
+        yield evaluate(about, one.split, encoded, head, todo["zeroshot"], save_predictions=True)
+    if "probe" in todo:
         result = sweep(
             model,
             one.config.path,
             test_split=one.config.split,
-            output=Path(str(where).format("probes")) / folder,
+            output=todo["probe"],
             **probe,
             **options,
         )
