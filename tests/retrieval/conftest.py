@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from clip_models import CLIP, ModelConfig, Preprocess, save_model
+from clip_retrieval import embed_source
 from PIL import Image
 
 WORDS = ["red", "blue", "cat", "dog", "house", "tree", "river", "cloud", "stone", "light"]
@@ -88,6 +89,14 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def large_embeddings(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """700 pictures and captions, in two parts."""
+    path = tmp_path_factory.mktemp("large")
+    embed_source(model, make_shards(path / "shards", (500, 200)), path / "embeddings", workers=0)
+    return path / "embeddings"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clip_models import load_model
-from clip_retrieval import Index, RetrievalError, build, build_index
+from clip_retrieval import Index, RetrievalError, build, build_index, embed_parts, verify_index
 from clip_retrieval.shards import read_samples
 
 import faiss  # isort: skip
@@ -26,7 +26,14 @@ class Killed(BaseException):
 
 
 def contents(index: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(index.iterdir())}
+    """Of every file but the lock, by its name."""
+    files = (path for path in sorted(index.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {path.name: path.read_bytes() for path in files}
+
+
+def stored(index: Path) -> np.ndarray:
+    """The float16 rows, as float32."""
+    return Index(index).rows.stored_ND.astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +49,16 @@ def test_rows_are_the_pictures_in_order(index: Path, model: Path) -> None:
     opened = Index(index)
     loaded = load_model(model)
     assert len(opened) == 40
-    assert set(contents(index)) == {
-        "embeddings.npy",
-        "image.index",
-        "index.json",
-        "metadata.arrow",
-    }
-    stored = np.load(index / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-    assert (stored.dtype, stored.shape) == (np.float16, (40, 32))
+    names = {"rows.index", "image.index", "metadata.arrow", "held_out.npz"}
+    assert set(contents(index)) == names | {"index.json"}
+    assert set(opened.facts["bytes"]) == names
+    assert (opened.rows.stored_ND.dtype, opened.rows.stored_ND.shape) == (np.float16, (40, 32))
     for row, (shard, place) in {0: (0, 0), 19: (0, 19), 20: (1, 0), 39: (2, 6)}.items():
         seed = shard * 1000 + place
         assert opened.image(row) == picture(seed)
         pixels = loaded.preprocess.normalize(loaded.preprocess.eval(picture(seed))[None])
         expected = loaded.model.encode_image(pixels, normalize=True)[0].detach().numpy()
-        np.testing.assert_allclose(stored[row], expected, atol=1e-3)
+        np.testing.assert_allclose(stored(index)[row], expected, atol=1e-3)
         hit = opened.nearest(expected[None], 1)[0][0]
         assert (hit.row, hit.key) == (row, f"{shard:05d}{place:04d}")
         assert (hit.caption, hit.json) == (caption(seed), {"seed": seed})
@@ -70,7 +73,7 @@ def test_facts(index: Path, model: Path) -> None:
     assert facts["plan"]["family"] == "flat"
     assert facts["recall@10"] == {"image": 1.0, "text": 1.0}
     assert facts["held_out"] == {"image": 4, "text": 4}
-    assert facts["bytes"]["embeddings.npy"] == (index / "embeddings.npy").stat().st_size
+    assert facts["bytes"]["rows.index"] == (index / "g1" / "rows.index").stat().st_size
 
 
 def test_again_there_is_nothing_to_do(index: Path, model: Path, shards: Path) -> None:
@@ -98,16 +101,16 @@ def test_workers_and_sidecars_change_nothing(
     build_index(model, copy, tmp_path / "index", workers=2, batch_size=batch_size)
     new, old = contents(tmp_path / "index"), contents(index)
     assert new["metadata.arrow"] == old["metadata.arrow"]
-    a, b = (np.load(p / "embeddings.npy").astype(np.float32) for p in (tmp_path / "index", index))
-    np.testing.assert_allclose(a, b, atol=1e-3)
+    np.testing.assert_allclose(stored(tmp_path / "index"), stored(index), atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (build, "write_part", 1),
-        (build, "write_part", 3),
-        (build, "merge_parts", 1),
+        (embed_parts, "write_part", 1),
+        (embed_parts, "write_part", 3),
+        (build, "write_rows", 1),
+        (build, "tune", 1),
         (build.faiss_index, "write_index", 1),
         (build, "write_facts", 1),
         (build.os, "rename", 1),
@@ -131,19 +134,21 @@ def test_a_killed_build_continues(
         patch.setattr(owner, name, killing)
         with pytest.raises(Killed):
             build_index(model, shards, new, workers=0)
-    parts = sorted((tmp_path / "index.partial").glob("parts/*.arrow"))
-    times = [part.stat().st_mtime_ns for part in parts]
+    done = list((tmp_path / "index.partial").glob("embeddings/metadata/*.parquet"))
     assert new.exists() == (name == "rmtree")
-    embedded: list[Path] = []
+    embedded: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            build,
+            embed_parts,
             "write_part",
-            lambda path, part, write=build.write_part: (embedded.append(path), write(path, part)),
+            lambda out, n, *rest, write=embed_parts.write_part: (
+                embedded.append(n),
+                write(out, n, *rest),
+            ),
         )
         build_index(model, shards, new, workers=0)
     if name != "rmtree":
-        assert len(embedded) == 3 - len(times)  # what was done is not done again
+        assert len(embedded) == 3 - len(done)  # what was done is not done again
     assert contents(new) == contents(index)
     assert not (tmp_path / "index.partial").exists()
 
@@ -164,8 +169,7 @@ def test_killed_again_and_again(index: Path, model: Path, shards: Path, tmp_path
         os.waitpid(process, 0)
     build_index(model, shards, new, workers=0, batch_size=1)
     assert contents(new)["metadata.arrow"] == contents(index)["metadata.arrow"]
-    stored = [np.load(p / "embeddings.npy").astype(np.float32) for p in (new, index)]
-    np.testing.assert_allclose(*stored, atol=1e-3)
+    np.testing.assert_allclose(stored(new), stored(index), atol=1e-3)
     assert not (tmp_path / "index.partial").exists()
 
 
@@ -175,7 +179,7 @@ def test_other_inputs_are_refused(
     before = contents(index)
     with pytest.raises(RetrievalError, match="another fingerprint"):
         build_index(other_model, shards, index)
-    with pytest.raises(RetrievalError, match="another shard bytes"):
+    with pytest.raises(RetrievalError, match="another source"):
         build_index(model, make_shards(tmp_path / "fewer", (20,)), index)
     with pytest.raises(RetrievalError, match="another target recall"):
         build_index(model, shards, index, target_recall=0.9)
@@ -194,10 +198,10 @@ def test_a_begun_build_keeps_its_model(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "merge_parts", stop)
+        patch.setattr(build, "write_rows", stop)
         with pytest.raises(Killed):
             build_index(model, shards, tmp_path / "index", workers=0)
-    with pytest.raises(RetrievalError, match=r"index.partial was made with another fingerprint"):
+    with pytest.raises(RetrievalError, match=r"embeddings was made with another fingerprint"):
         build_index(other_model, shards, tmp_path / "index", workers=0)
 
 
@@ -229,13 +233,13 @@ def test_many_corrupt_images_stop_the_build(model: Path, tmp_path: Path) -> None
 
 
 def test_no_images(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(RetrievalError, match="is not a directory"):
+    with pytest.raises(RetrievalError, match="nowhere is not there"):
         build_index(model, tmp_path / "nowhere", tmp_path / "index")
     (tmp_path / "shards").mkdir()
-    with pytest.raises(RetrievalError, match=r"holds no .tar shard"):
+    with pytest.raises(RetrievalError, match=r"holds no .tar shard and no picture"):
         build_index(model, tmp_path / "shards", tmp_path / "index")
     write_tar(tmp_path / "shards" / "00000.tar", [("000000000", {"txt": b"words"})])
-    with pytest.raises(RetrievalError, match="hold no images"):
+    with pytest.raises(RetrievalError, match="holds no images"):
         build_index(model, tmp_path / "shards", tmp_path / "index")
     (tmp_path / "shards" / "nshards.txt").write_text("2\n")
     with pytest.raises(RetrievalError, match=r"0.tar is missing"):
@@ -267,19 +271,17 @@ def test_one_image(model: Path, tmp_path: Path) -> None:
     assert (result["images"], result["recall@10"]) == (1, {})
 
 
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("family", ["hnsw", "ivf-sq8", "ivf-pq", "rabitq", "on-disk"])
 def test_larger_families_end_to_end(
-    model: Path, tmp_path: Path, gpu: bool, monkeypatch: pytest.MonkeyPatch
+    model: Path, large_embeddings: Path, tmp_path: Path, family: str
 ) -> None:
-    """A graph, and lists as a build with a GPU plans them, on a set that is kept small."""
-    monkeypatch.setattr("clip_retrieval.plan.FLAT_NUMBERS", 0)
-    plan_index = build.plan_index
-    monkeypatch.setattr(build, "plan_index", lambda *a, **o: plan_index(*a, **(o | {"gpu": gpu})))
-    shards = make_shards(tmp_path / "shards", (700,))
-    result = build_index(model, shards, tmp_path / "index", workers=0, target_recall=0.9)
-    assert result["plan"]["family"] == ("ivf-sq8" if gpu else "hnsw")
-    assert min(result["recall@10"].values()) >= 0.85
+    result = build_index(None, large_embeddings, tmp_path / "index", family=family)
+    assert result["plan"]["family"] == family
+    assert result["held_out"] == {"image": 70, "text": 70}
+    assert min(result["recall@10"].values()) >= 0.9
     opened = Index(tmp_path / "index")
-    stored = np.load(tmp_path / "index" / "embeddings.npy").astype(np.float32)
-    hits = opened.nearest(stored / np.linalg.norm(stored, axis=1, keepdims=True), 1)
-    assert np.mean([h[0].row == row for row, h in enumerate(hits)]) > 0.95
+    assert ("lists.ivfdata" in opened.facts["bytes"]) == (family == "on-disk")
+    own = opened.search(opened.rows.unit(np.arange(700)), 1)
+    assert np.mean([m[0].row == row for row, m in enumerate(own)]) > 0.97
+    assert all(m[0].similarity == 1 for row, m in enumerate(own) if m[0].row == row)
+    assert verify_index(tmp_path / "index")["faults"] == {}

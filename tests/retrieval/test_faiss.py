@@ -3,13 +3,16 @@
 # N rows, Q queries, D width
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from clip_retrieval import RetrievalError
 from clip_retrieval import index as faiss_index
-from clip_retrieval.index import Knob
-from clip_retrieval.plan import Plan, list_count, plan_index
-from clip_retrieval.vectors import exact_search, unit_rows
+from clip_retrieval.index import Knob, Searcher
+from clip_retrieval.plan import plan_index
+from clip_retrieval.tune import Queries, smallest, tune
+from clip_retrieval.vectors import Rows, RowWriter, check_unit, exact_search, unit_rows
 
 import faiss  # isort: skip
 
@@ -24,9 +27,17 @@ def clustered(count: int, seed: int) -> np.ndarray:
     return unit_rows(rows.astype(np.float32))
 
 
+def write(path: Path, rows: np.ndarray) -> Rows:
+    writer = RowWriter(path, *rows.shape)
+    for block in np.array_split(rows.astype(np.float16), 3):
+        writer.write(block)
+    writer.close()
+    return Rows(path)
+
+
 @pytest.fixture(scope="module")
-def stored() -> np.ndarray:
-    return clustered(COUNT, seed=1).astype(np.float16)
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return write(tmp_path_factory.mktemp("rows") / "rows.index", clustered(COUNT, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -36,99 +47,126 @@ def texts() -> np.ndarray:
     return unit_rows(clustered(300, seed=2) + 0.1 * shift)
 
 
-def plan_of(family: str) -> Plan:
-    lists = list_count(COUNT)
-    factory, parameter, largest = {
-        "flat": ("IDMap2,Flat", None, 1),
-        "hnsw": ("IDMap2,HNSW32_SQ8", "efSearch", 4096),
-        "ivf-sq8": (f"IVF{lists},SQ8", "nprobe", lists),
-    }[family]
-    oversample = 1 if family == "flat" else 2
-    return Plan(family, factory, "test", 0, 0, 0, parameter, largest, oversample)
-
-
-def test_flat_equals_faiss_flat(stored: np.ndarray, texts: np.ndarray) -> None:
-    index = faiss_index.fill(plan_of("flat"), stored, np.arange(COUNT))
-    rows_QK, scores_QK = faiss_index.search(index, stored, texts, 10, Knob(None, 1, 1))
+def flat_of(rows: Rows) -> faiss.IndexFlatIP:
     flat = faiss.IndexFlatIP(DIM)
-    flat.add(unit_rows(stored))
-    expected_scores, expected_rows = flat.search(texts, 10)
+    flat.add(unit_rows(rows.stored_ND))
+    return flat
+
+
+def test_the_file_of_rows_is_an_index_of_faiss(tmp_path: Path) -> None:
+    stored = clustered(1000, seed=3).astype(np.float16)
+    rows = write(tmp_path / "rows.index", stored)
+    np.testing.assert_array_equal(rows.stored_ND, stored)
+    plain = faiss.read_index(str(tmp_path / "rows.index"))  # without memory-mapping
+    np.testing.assert_array_equal(plain.reconstruct_n(0, 1000), stored.astype(np.float32))
+    assert plain.search(unit_rows(stored[:20]), 1)[1].ravel().tolist() == list(range(20))
+
+
+def test_flat_equals_faiss_flat(rows: Rows, texts: np.ndarray, tmp_path: Path) -> None:
+    plan = plan_index(COUNT, DIM, max_memory=1 << 30)
+    index = faiss_index.fill(plan, rows, np.arange(COUNT), tmp_path)
+    rows_QK, scores_QK = Searcher(index, rows).search(texts, 10, Knob(None, 1))
+    expected_scores, expected_rows = flat_of(rows).search(texts, 10)
     np.testing.assert_array_equal(rows_QK, expected_rows)
     np.testing.assert_allclose(scores_QK, expected_scores, atol=1e-6)
 
 
-def test_exact_search_equals_float64(stored: np.ndarray, texts: np.ndarray) -> None:
+def test_search_among_rows_equals_float64(rows: Rows, texts: np.ndarray) -> None:
     some = np.arange(0, COUNT, 3)
-    rows_QK, scores_QK = exact_search(stored, texts, 10, some, block=1000)
-    vectors = stored.astype(np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = unit_rows(rows.stored_ND).astype(np.float64)
     scores = texts.astype(np.float64) @ vectors[some].T
-    np.testing.assert_array_equal(rows_QK, some[np.argsort(-scores, axis=1)[:, :10]])
-    np.testing.assert_allclose(scores_QK, -np.sort(-scores, axis=1)[:, :10], atol=1e-6)
+    searcher = Searcher(faiss.IndexFlatIP(DIM), rows)
+    for found in (exact_search(rows, texts, 10, some), searcher.search_among(texts, 10, some)):
+        np.testing.assert_array_equal(found[0], some[np.argsort(-scores, axis=1)[:, :10]])
+        np.testing.assert_allclose(found[1], -np.sort(-scores, axis=1)[:, :10], atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["hnsw", "ivf-sq8"])
-def test_tuned_to_the_target(
-    family: str, stored: np.ndarray, texts: np.ndarray, tmp_path: Path
-) -> None:
-    plan = plan_of(family)
+@pytest.mark.parametrize("family", ["hnsw", "ivf-sq8", "ivf-pq", "rabitq", "on-disk"])
+def test_tuned_to_the_target(family: str, rows: Rows, texts: np.ndarray, tmp_path: Path) -> None:
+    plan = plan_index(COUNT, DIM, max_memory=1 << 30, family=family)
     order = np.random.default_rng(0).permutation(COUNT)
-    kept_out, kept = order[:300], order[300:]
-    index = faiss_index.fill(plan, stored, kept)
-    queries = {"image": unit_rows(stored[kept_out]), "text": texts}
-    held_out = {k: faiss_index.Queries.prepare(q, stored, kept) for k, q in queries.items()}
-    knob, recall = faiss_index.tune(index, plan, stored, held_out, 0.95)
+    kept_out, kept = np.sort(order[:300]), np.sort(order[300:])
+    index = faiss_index.fill(plan, rows, kept, tmp_path)
+    queries = {"image": rows.unit(kept_out), "text": texts}
+    held_out = {k: Queries.prepare(q, rows, kept) for k, q in queries.items()}
+    knob, recall = tune(Searcher(index, rows), plan, held_out, 0.95)
     assert 1 <= knob.value < plan.largest
     assert min(recall.values()) >= 0.93  # 150 queries: within their own error of 0.95
 
     # with the rows kept out added, read from disk: fresh queries against FAISS flat
-    faiss_index.add(index, stored, kept_out)
+    index = faiss_index.finish(index, plan, rows, kept_out, tmp_path)
     faiss_index.write_index(index, tmp_path / "image.index")
-    again = faiss_index.read_index(tmp_path / "image.index")
-    assert again.ntotal == COUNT
+    again = Searcher(faiss_index.read_index(tmp_path / "image.index"), rows)
+    assert again.index.ntotal == COUNT
     fresh = clustered(500, seed=5)
-    rows_QK, scores_QK = faiss_index.search(again, stored, fresh, 10, knob)
-    flat = faiss.IndexFlatIP(DIM)
-    flat.add(unit_rows(stored))
-    expected = flat.search(fresh, 10)[1]
+    rows_QK, scores_QK = again.search(fresh, 10, knob)
+    expected = flat_of(rows).search(fresh, 10)[1]
     found = np.mean([len(set(a) & set(b)) for a, b in zip(rows_QK, expected, strict=True)]) / 10
-    assert found >= 0.94
+    assert found >= 0.93
     # the similarities are the exact ones, of the rows they stand beside
-    exact = np.einsum("qd,qkd->qk", fresh, unit_rows(stored[rows_QK]))
+    exact = np.einsum("qd,qkd->qk", fresh, unit_rows(rows.stored_ND[rows_QK]))
     np.testing.assert_allclose(scores_QK, exact, atol=1e-6)
-    # a picture that is in the index finds itself
-    own_rows, own_scores = faiss_index.search(again, stored, unit_rows(stored[kept_out]), 1, knob)
+    # a picture that is in the index finds itself, at one
+    own_rows, own_scores = again.search(rows.unit(kept_out), 1, knob)
+    assert np.mean(own_rows[:, 0] == kept_out) > 0.97
+    assert np.abs(own_scores[own_rows[:, 0] == kept_out] - 1).max() < 1e-6
     # however many hits are asked for, they are found
-    assert faiss_index.search(again, stored, fresh[:1], 3000, knob)[0].min() >= 0
-    assert np.mean(own_rows[:, 0] == kept_out) > 0.98
-    assert np.abs(own_scores[own_rows[:, 0] == kept_out] - 1).max() < 1e-3
+    assert again.search(fresh[:1], 3000, knob)[0].min() >= 0
 
 
-def test_plan_factories_are_faiss_own() -> None:
-    """FAISS understands the strings the plan writes for larger sets."""
-    for gpu, expected in ((False, "IndexHNSWSQ"), (True, "IndexIVFScalarQuantizer")):
-        plan = plan_index(40_000, 512, max_memory=1 << 30, gpu=gpu)
-        index = faiss.index_factory(512, plan.factory, faiss.METRIC_INNER_PRODUCT)
-        inner = faiss.downcast_index(index.index) if plan.family == "hnsw" else index
-        assert type(inner).__name__ == expected
-
-
-@pytest.mark.parametrize("family", ["flat", "hnsw", "ivf-sq8"])
+@pytest.mark.parametrize("family", ["flat", "hnsw", "ivf-sq8", "ivf-pq", "rabitq"])
 def test_index_bytes_are_as_planned(family: str, tmp_path: Path) -> None:
-    """Within 5% of the file, at a width where a vector outweighs what surrounds it."""
-    stored = np.random.default_rng(0).normal(size=(4000, 256)).astype(np.float16)
-    count = {"flat": 1 << 10, "hnsw": 4000, "ivf-sq8": 4000}[family]
-    per_vector = {"flat": 4 * 256 + 8, "hnsw": 256 + 256 + 8 + 12, "ivf-sq8": 256 + 8}[family]
-    plan = plan_of(family)
-    factory = "IVF16,SQ8" if family == "ivf-sq8" else plan.factory
-    plan = Plan(family, factory, "test", 0, 0, 0)
-    index = faiss_index.fill(plan, stored, np.arange(count))
+    """Within 10% of the file, at a width where a vector outweighs what surrounds it."""
+    stored = unit_rows(np.random.default_rng(0).normal(size=(8000, 256)).astype(np.float32))
+    rows = write(tmp_path / "rows.index", stored)
+    plan = plan_index(8000, 256, max_memory=1 << 30, family=family)
+    index = faiss_index.fill(plan, rows, np.arange(8000), tmp_path)
     faiss_index.write_index(index, tmp_path / "image.index")
-    assert (tmp_path / "image.index").stat().st_size == pytest.approx(count * per_vector, rel=0.05)
+    assert (tmp_path / "image.index").stat().st_size == pytest.approx(plan.index_bytes, rel=0.1)
+
+
+def test_rows_that_are_not_of_length_one() -> None:
+    good = clustered(10, seed=0).astype(np.float16)
+    check_unit(good, "x.npy")
+    for value in (2.0, np.nan, np.inf, 0.0):
+        bad = good.copy()
+        bad[7] *= np.float16(value)
+        with pytest.raises(RetrievalError, match=r"x.npy: row 7 has the length .*expected 1"):
+            check_unit(bad, "x.npy")
+
+
+@pytest.mark.parametrize("family", ["flat", "ivf-sq8", "rabitq"])
+def test_without_a_gpu_the_cpu_searches(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    if faiss_index.faiss_has_gpu():
+        pytest.skip("there is a GPU")
+    index = faiss.IndexFlatIP(DIM)
+    with caplog.at_level("INFO"):
+        assert faiss_index.to_gpu(index, family) is index
+    assert "this faiss sees no GPU" in caplog.text
+
+
+def test_what_a_gpu_cannot_take_stays_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    index, moved = faiss.IndexFlatIP(DIM), []
+
+    def refuse(*arguments: object) -> None:
+        moved.append(arguments)
+        raise RuntimeError("out of memory\nat …")
+
+    monkeypatch.setattr(faiss_index, "faiss_has_gpu", lambda: True)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "GpuClonerOptions", SimpleNamespace, raising=False)
+    assert faiss_index.to_gpu(index, "rabitq") is index
+    assert not moved
+    assert faiss_index.to_gpu(index, "flat") is index
+    assert moved[0][3].useFloat16
+    assert "the GPU cannot take it, the CPU will: out of memory" in caplog.text
 
 
 def test_smallest() -> None:
     for largest in (1, 7, 64, 1000):
         for needed in (1, 2, 5, 33, 700):
-            value = faiss_index.smallest(lambda v, n=needed: v >= n, largest)
+            value = smallest(lambda v, n=needed: v >= n, largest)
             assert value == largest if needed >= largest else needed <= value <= needed * 1.07 + 1

@@ -2,7 +2,7 @@
 
 import pytest
 from clip_retrieval import RetrievalError
-from clip_retrieval.plan import list_count, parse_size, plan_index
+from clip_retrieval.plan import FAMILIES, list_count, parse_size, plan_index
 
 GB = 1 << 30
 
@@ -14,11 +14,12 @@ GB = 1 << 30
         (32_768, 512, 4 * GB, False, "flat", 2056),
         (32_768, 512, 4 * GB, True, "flat", 2056),
         (200_000, 64, 4 * GB, False, "flat", 264),
-        (32_769, 512, 4 * GB, False, "hnsw", 788),
-        (1_000_000, 512, 4 * GB, False, "hnsw", 788),
-        (1_000_000, 512, 5 * GB // 4, False, "ivf-sq8", 520),
+        (32_769, 512, 4 * GB, False, "ivf-pq", 136),
+        (1_000_000, 512, 4 * GB, False, "ivf-pq", 136),
+        (100_000, 511, 4 * GB, False, "ivf-sq8", 519),
         (1_000_000, 512, 4 * GB, True, "ivf-sq8", 520),
-        (6_000_000, 512, 40 * GB, False, "ivf-sq8", 520),
+        (100_000_000, 512, 12 * GB, False, "rabitq", 80),
+        (100_000_000, 512, 6 * GB, False, "on-disk", 1),
     ],
 )
 def test_plan(
@@ -31,7 +32,7 @@ def test_plan(
 
 
 def test_too_little_memory_is_one_line() -> None:
-    with pytest.raises(RetrievalError, match=r"1,000,000 vectors .* --max-memory is 64.0 MB"):
+    with pytest.raises(RetrievalError, match=r"on-disk.* needs .* --max-memory is 64.0 MB"):
         plan_index(1_000_000, 512, max_memory=64 << 20)
 
 
@@ -44,3 +45,17 @@ def test_sizes() -> None:
     for text in ("", "four", "0", "-1G", "4GiB", "inf", "nan"):
         with pytest.raises(ValueError, match="is not a size"):
             parse_size(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_asked_for(family: str) -> None:
+    plan = plan_index(100_000, 512, max_memory=4 * GB, family=family)
+    assert plan.family == family
+    with pytest.raises(RetrievalError, match=f"the index \\({family}: asked for\\) needs"):
+        plan_index(100_000, 512, max_memory=1 << 20, family=family)
+
+
+def test_a_recall_of_one_is_exact() -> None:
+    assert plan_index(1_000_000, 512, max_memory=4 * GB, target=1).family == "flat"
+    with pytest.raises(RetrievalError, match="a recall of 1 takes exact search"):
+        plan_index(1_000_000, 512, max_memory=GB, target=1)

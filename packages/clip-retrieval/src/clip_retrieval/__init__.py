@@ -7,18 +7,39 @@ from clip_retrieval.errors import RetrievalError
 
 if TYPE_CHECKING:
     from clip_retrieval.build import build_index
+    from clip_retrieval.change import append, merge, remove
+    from clip_retrieval.embed_parts import embed_source
     from clip_retrieval.evaluate import evaluate_retrieval
-    from clip_retrieval.search import Index, Query, query_index
-
-__all__ = ["Index", "Query", "RetrievalError", "build_index", "evaluate_retrieval", "query_index"]
+    from clip_retrieval.query import Query, query_index
+    from clip_retrieval.search import Index
+    from clip_retrieval.verify import verify_index
 
 _HOMES = {
     "Index": "search",
-    "Query": "search",
+    "Query": "query",
+    "append": "change",
     "build_index": "build",
+    "embed_source": "embed_parts",
     "evaluate_retrieval": "evaluate",
-    "query_index": "search",
+    "merge": "change",
+    "query_index": "query",
+    "remove": "change",
+    "verify_index": "verify",
 }
+
+__all__ = [
+    "Index",
+    "Query",
+    "RetrievalError",
+    "append",
+    "build_index",
+    "embed_source",
+    "evaluate_retrieval",
+    "merge",
+    "query_index",
+    "remove",
+    "verify_index",
+]
 
 
 def __getattr__(name: str) -> Any:

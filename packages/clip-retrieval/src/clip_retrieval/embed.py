@@ -2,6 +2,7 @@
 
 # B batch, N rows, D embedding width, S image size
 
+import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from clip_models import LoadedModel, ModelError, Preprocess
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from clip_retrieval.errors import RetrievalError
-from clip_retrieval.shards import Sample, read_samples, read_span
+from clip_retrieval.shards import Sample
+from clip_retrieval.sources import Part, shard_part
 
 log = logging.getLogger(__name__)
 
@@ -30,18 +33,20 @@ _ENOUGH = 2_000  # images seen before the share of failures stops a run early
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept about one picture; offset and size, in bytes, locate it in its shard's tar."""
+    """What is kept about one picture; offset and size, in bytes, locate it in its file."""
 
     key: str
     caption: str | None
     json: str | None
+    shard: str
     offset: int
     size: int
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True)
-class Part:
-    """One shard, embedded: `embeddings_ND` are unit rows beside `records`, in the tar's order."""
+class Embedded:
+    """One part, embedded: `embeddings_ND` are unit rows beside `records`, in the part's order."""
 
     shard: Path
     records: list[Record]
@@ -68,12 +73,16 @@ def pick_device(name: str) -> torch.device:
 
 def embed_images(
     loaded: LoadedModel,
-    shards: Sequence[Path],
+    shards: Sequence[Path | Part],
     *,
     batch_size: int = 128,
     workers: int = 2,
-) -> Iterator[Part]:
-    """One part per shard, in the order given, the same whatever the number of workers.
+    thumbnails: int = 0,
+) -> Iterator[Embedded]:
+    """Each shard or part embedded, in the order given, the same whatever the number of workers.
+
+    Args:
+        thumbnails: longer side, in pixels, of a JPEG to keep of each picture; 0: none.
 
     Raises:
         RetrievalError: a broken tar, too many broken images, embeddings that are not finite.
@@ -81,7 +90,8 @@ def embed_images(
     if not shards:
         return
     device = _device(loaded)
-    batches = _Batches(shards, loaded.preprocess, batch_size)
+    parts = [shard_part(shard) if isinstance(shard, Path) else shard for shard in shards]
+    batches = _Batches(parts, loaded.preprocess, batch_size, thumbnails)
     # batch_size=None: the data set makes whole batches; workers take turns, so order is kept
     loader: DataLoader[_Batch | Exception] = DataLoader(
         batches, batch_size=None, num_workers=workers, pin_memory=device.type == "cuda"
@@ -105,7 +115,7 @@ def embed_images(
             bar.update(len(batch.records))
             if not batch.last:
                 continue
-            shard = shards[done]
+            shard = parts[done].path
             seen += len(records) + len(failures)
             failed += len(failures)
             if failures:
@@ -114,7 +124,7 @@ def embed_images(
                     *(shard.name, len(failures), len(records) + len(failures), failures[0]),
                 )
             check_failures(failed, max(seen, _ENOUGH), shard.parent)
-            yield Part(shard, records, _stack(rows, loaded.config.embed_dim, shard), failures)
+            yield Embedded(shard, records, _stack(rows, loaded.config.embed_dim, shard), failures)
             records, failures, rows = [], [], []
             done += 1
             bar.set_description(f"{done}/{len(shards)} shards")
@@ -187,42 +197,60 @@ class _Batches(IterableDataset[_Batch | Exception]):
     worker they would arrive with its traceback as their message.
     """
 
-    def __init__(self, shards: Sequence[Path], preprocess: Preprocess, batch_size: int) -> None:
-        self.shards, self.preprocess, self.batch_size = shards, preprocess, batch_size
+    def __init__(
+        self, parts: Sequence[Part], preprocess: Preprocess, batch_size: int, thumbnails: int
+    ) -> None:
+        self.parts, self.preprocess, self.batch_size = parts, preprocess, batch_size
+        self.thumbnails = thumbnails
 
     def __iter__(self) -> Iterator[_Batch | Exception]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         turns = count()
         try:
-            for shard in self.shards:
-                samples = list(read_samples(shard))
+            for part in self.parts:
+                samples = part.samples()
                 for start in range(0, max(len(samples), 1), self.batch_size):
                     if next(turns) % workers == worker:
                         stop = start + self.batch_size
-                        yield self._decode(shard, samples[start:stop], stop >= len(samples))
+                        yield self._decode(part, samples[start:stop], stop >= len(samples))
         except (RetrievalError, OSError) as error:
             yield error
 
-    def _decode(self, shard: Path, samples: list[Sample], last: bool) -> _Batch:
+    def _decode(self, part: Part, samples: list[Sample], last: bool) -> _Batch:
         images, records, failures = list[Tensor](), list[Record](), list[str]()
-        with shard.open("rb") as file:
-            for sample in samples:
-                if sample.image is None:
-                    failures.append(f"{sample.key}: no image member")
-                    continue
-                try:
-                    images.append(self.preprocess.eval(read_span(file, sample.image)))
-                except ModelError as error:
-                    failures.append(f"{sample.key}: {error}")
-                    continue
-                texts = {
-                    extension: read_span(file, sample.members[extension]).decode(errors="replace")
-                    for extension in ("txt", "json")
-                    if extension in sample.members
-                }
-                caption = texts.get("txt", "").strip() or None
-                records.append(Record(sample.key, caption, texts.get("json"), *sample.image))
+        for sample in samples:
+            if sample.image is None:
+                failures.append(f"{sample.key}: no image member")
+                continue
+            try:
+                data = part.read(sample, sample.image_extension)
+                images.append(self.preprocess.eval(data))
+            except ModelError as error:
+                failures.append(f"{sample.key}: {error}")
+                continue
+            texts = {
+                extension: part.read(sample, extension).decode(errors="replace")
+                for extension in ("txt", "json")
+                if extension in sample.members
+            }
+            caption = texts.get("txt", "").strip() or None
+            shown = thumbnail(data, self.thumbnails) if self.thumbnails else None
+            file = part.image_file(sample)
+            records.append(
+                Record(sample.key, caption, texts.get("json"), file, *sample.image, shown)
+            )
         size = self.preprocess.size
         stacked = torch.stack(images) if images else torch.empty(0, 3, size, size).byte()
         return _Batch(stacked, records, failures, last)
+
+
+def thumbnail(data: bytes, side: int) -> bytes:
+    """A picture as an upright JPEG whose longer side has at most `side` pixels."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
+        small = ImageOps.exif_transpose(image).convert("RGB")
+        small.thumbnail((side, side))
+        file = io.BytesIO()
+        small.save(file, "JPEG", quality=80)
+        return file.getvalue()

@@ -1,17 +1,22 @@
-"""The FAISS index: filled as planned, its search tuned to a recall that is measured.
+"""The FAISS index of the codes: trained, filled and searched as planned.
 
-Recall is measured on queries the index does not hold: pictures kept out until the end, and their
-captions, which lie well away from the cloud of pictures and are the harder case.
+What the codes find is scored again from the float16 rows, inside FAISS for the candidates and
+exactly for the hits, so a picture finds itself at 1.0 whatever the codes are.
 """
 
-# N rows, Q queries, D embedding width
+# N rows, Q queries, D embedding width, K hits
 
 # faiss adds keyword constructors at run time, which its stubs do not have:
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
+import ctypes
 import logging
 import math
-from collections.abc import Callable
+import os
+import shutil
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +26,20 @@ import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 # isort: split
 import faiss  # after torch: both load OpenMP
+from faiss.contrib.ondisk import merge_ondisk
 
 from clip_retrieval.errors import RetrievalError
-from clip_retrieval.plan import BLOCK_ROWS, TRAIN_PER_LIST, Plan, list_count
-from clip_retrieval.vectors import (
-    Float16,
-    Float32,
-    Int64,
-    blocks,
-    exact_search,
-    rescore,
-    unit_rows,
-)
+from clip_retrieval.plan import DISK_ROWS, Plan
+from clip_retrieval.vectors import Float32, Int64, Rows, blocks, rescore
 
 log = logging.getLogger(__name__)
 
-RECALL_AT = 10
-_MARGIN = 0.005  # tuned this far above the target, on queries that are not the ones reported
+TUNED_FOR = 10  # hits; more hits search wider in proportion
+LISTS = "lists.ivfdata"
+_PARTS, _TRAINED = "parts", "trained"  # of an on-disk index, while it is made
+_ON_GPU = ("flat", "ivf-sq8")  # families that FAISS searches there as they are
+_SPARE = 8  # hits beyond those asked for: FAISS takes float16 rows as they are, not as unit rows
+_QUERIES = 1024  # searched at a time
 
 
 def faiss_has_gpu() -> bool:
@@ -45,80 +47,105 @@ def faiss_has_gpu() -> bool:
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def fill(plan: Plan, stored_ND: Float16, rows_N: Int64, *, gpu: bool = False) -> Any:
-    """A new FAISS index of the rows named, trained on a random sample of them.
+def to_gpu(index: Any, family: str) -> Any:
+    """The index on the GPU, its numbers as float16, by cuVS where this faiss has it.
 
-    With `gpu`, inverted lists are trained and filled on the GPU; what is returned is always an
-    index of the CPU.
+    What FAISS cannot search there stays on the CPU, with a message.
     """
-    if gpu and plan.family == "ivf-sq8":
-        try:
-            return _fill(plan, stored_ND, rows_N, on_gpu=True)
-        except RuntimeError as error:  # most likely out of GPU memory
-            log.warning("the GPU could not build it, the CPU will: %s", str(error).splitlines()[0])
-    return _fill(plan, stored_ND, rows_N, on_gpu=False)
+    if family not in _ON_GPU or not faiss_has_gpu():
+        log.info("the CPU searches this index (%s): %s", family, _why_not(family))
+        return index
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True
+    options.use_cuvs = "CUVS" in faiss.get_compile_options()
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
+    except RuntimeError as error:  # most likely out of GPU memory
+        log.warning("the GPU cannot take it, the CPU will: %s", str(error).splitlines()[0])
+        return index
 
 
-def _fill(plan: Plan, stored_ND: Float16, rows_N: Int64, *, on_gpu: bool) -> Any:
-    dim = stored_ND.shape[1]
-    index = faiss.index_factory(dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
-    if on_gpu:
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+def _why_not(family: str) -> str:
+    if not faiss_has_gpu():
+        return "this faiss sees no GPU"
+    return f"on a GPU FAISS has {' and '.join(_ON_GPU)} only"
+
+
+def fill(plan: Plan, rows: Rows, rows_N: Int64, directory: Path, *, gpu: bool = False) -> Any:
+    """A new index of the rows named, trained on a random sample of them, always one of the CPU.
+
+    Args:
+        directory: where the on-disk family keeps its lists.
+        gpu: train and add there.
+    """
+    index = faiss.index_factory(len(rows.stored_ND[0]), plan.factory, faiss.METRIC_INNER_PRODUCT)
+    if plan.lists:
+        index.cp.min_points_per_centroid = 1  # FAISS would warn below 39
+    if gpu:
+        index = to_gpu(index, plan.family)
     if not index.is_trained:
-        wanted = min(len(rows_N), TRAIN_PER_LIST * list_count(len(rows_N)))
+        wanted = min(len(rows_N), plan.train_rows)
         sample = np.random.default_rng(0).choice(rows_N, wanted, replace=False)
-        index.train(unit_rows(stored_ND[np.sort(sample)]))
-    add(index, stored_ND, rows_N)
-    return faiss.index_gpu_to_cpu(index) if on_gpu else index
+        index.train(rows.unit(np.sort(sample)))
+    if plan.family == "on-disk":
+        return _fill_on_disk(index, rows, rows_N, directory)
+    add(index, rows, rows_N)
+    return faiss.index_gpu_to_cpu(index) if gpu and "Gpu" in type(index).__name__ else index
 
 
-def add(index: Any, stored_ND: Float16, rows_N: Int64) -> None:
+def _fill_on_disk(trained: Any, rows: Rows, rows_N: Int64, directory: Path) -> Any:
+    """Lists made in memory a part at a time and merged on the disk."""
+    parts = directory / _PARTS
+    parts.mkdir()
+    faiss.write_index(trained, str(parts / _TRAINED))
+    for start in range(0, len(rows_N), DISK_ROWS):
+        add(trained, rows, rows_N[start : start + DISK_ROWS])
+        faiss.write_index(trained, str(parts / str(start)))
+        trained.reset()
+    return _merge_parts(directory)
+
+
+def _merge_parts(directory: Path) -> Any:
+    index = faiss.read_index(str(directory / _PARTS / _TRAINED))
+    names = sorted(str(path) for path in (directory / _PARTS).iterdir() if path.name != _TRAINED)
+    (directory / LISTS).unlink(missing_ok=True)
+    with _stdout_to_stderr():
+        merge_ondisk(index, names, str(directory / LISTS))
+    return index
+
+
+def finish(index: Any, plan: Plan, rows: Rows, held_H: Int64, directory: Path) -> Any:
+    """The index with the rows that were held out."""
+    if plan.family != "on-disk":
+        add(index, rows, held_H)
+        return index
+    # FAISS 1.15 garbles lists on the disk that are added to: they are merged once more
+    last = faiss.read_index(str(directory / _PARTS / _TRAINED))
+    add(last, rows, held_H)
+    faiss.write_index(last, str(directory / _PARTS / "held"))
+    merged = _merge_parts(directory)
+    shutil.rmtree(directory / _PARTS)
+    return merged
+
+
+@contextmanager
+def _stdout_to_stderr() -> Generator[None]:
+    """FAISS says what it does to its lists on stdout, where our JSON goes."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # FAISS's own buffer
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def add(index: Any, rows: Rows, rows_N: Int64) -> None:
     """Add the rows named, under their row numbers."""
-    for rows, unit_BD in blocks(stored_ND, rows_N, BLOCK_ROWS):
-        index.add_with_ids(unit_BD, rows)
-
-
-@dataclass(frozen=True)
-class Knob:
-    """How wide to search; handed over with every search, so that an index is never changed.
-
-    Attributes:
-        parameter: "efSearch", "nprobe", or None where the search is exact.
-        value: tuned for ten hits; more hits search wider in proportion.
-        oversample: candidates taken from the index per hit asked for; they are scored exactly.
-    """
-
-    parameter: str | None
-    value: int
-    oversample: int
-
-    def faiss_parameters(self, k: int) -> Any:
-        """FAISS's own object for a search of k hits."""
-        width = self.value * math.ceil(max(k, RECALL_AT) / RECALL_AT)
-        if self.parameter == "efSearch":
-            return faiss.SearchParametersHNSW(efSearch=width)
-        if self.parameter == "nprobe":
-            return faiss.SearchParametersIVF(nprobe=width)
-        return None
-
-
-def search(
-    index: Any, stored_ND: Float16, queries_QD: Float32, k: int, knob: Knob
-) -> tuple[Int64, Float32]:
-    """The k best rows and their exact cosine similarities, [Q, K] each, best first.
-
-    K is k, or the count of the index if that is less. Rows not found are -1 and come last.
-    """
-    parameters = knob.faiss_parameters(k)
-    wanted = min(k * knob.oversample, index.ntotal)
-    rows, scores = list[Int64](), list[Float32]()
-    for start in range(0, len(queries_QD), 64):  # bounds the rows being scored at a time
-        some_QD = queries_QD[start : start + 64]
-        candidates_QC = index.search(some_QD, wanted, params=parameters)[1]
-        some_rows, some_scores = rescore(stored_ND, some_QD, candidates_QC, k)
-        rows.append(some_rows)
-        scores.append(some_scores)
-    return np.concatenate(rows), np.concatenate(scores)
+    for numbers, unit_BD in blocks(rows, rows_N):
+        index.add_with_ids(unit_BD, numbers)
 
 
 def write_index(index: Any, path: Path) -> None:
@@ -129,7 +156,8 @@ def write_index(index: Any, path: Path) -> None:
 def read_index(path: Path) -> Any:
     """Raises RetrievalError where FAISS cannot read the file."""
     try:
-        return faiss.read_index(str(path))
+        with _stdout_to_stderr() if (path.parent / LISTS).exists() else nullcontext():
+            return faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
     except RuntimeError as error:
         raise RetrievalError(
             f"{path} is truncated or is no FAISS index; build the index again"
@@ -137,62 +165,70 @@ def read_index(path: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Held-out queries and the similarity of the tenth best row to each."""
+class Knob:
+    """How wide to search; handed over with every search, so that an index is never changed.
 
-    queries_QD: Float32
-    tenth_Q: Float32
-
-    @classmethod
-    def prepare(cls, queries_QD: Float32, stored_ND: Float16, rows_N: Int64) -> "Queries":
-        """Answer the queries exactly, from the rows named."""
-        k = min(RECALL_AT, len(rows_N))
-        return cls(queries_QD, exact_search(stored_ND, queries_QD, k, rows_N)[1][:, -1])
-
-    def half(self, which: int) -> "Queries":
-        """Every second query, from the first (0) or the second (1); all of them if there is one."""
-        chosen = slice(which, None, 2) if len(self.queries_QD) > 1 else slice(None)
-        return Queries(self.queries_QD[chosen], self.tenth_Q[chosen])
-
-    def recall(self, index: Any, stored_ND: Float16, knob: Knob) -> float:
-        """The share of each query's ten nearest found, averaged; of equal rows any will do."""
-        k = min(RECALL_AT, index.ntotal)
-        scores_QK = search(index, stored_ND, self.queries_QD, k, knob)[1]
-        return float((scores_QK >= self.tenth_Q[:, None] - 1e-6).mean())
-
-
-def tune(
-    index: Any, plan: Plan, stored_ND: Float16, held_out: dict[str, Queries], target: float
-) -> tuple[Knob, dict[str, float]]:
-    """The narrowest search that reaches the target on every kind of query, and its recall by kind.
-
-    One half of the queries chooses it, the other half gives the recall.
+    Attributes:
+        parameter: "efSearch", "nprobe", or None where the search is exact.
+        value: tuned for ten hits; more hits search wider in proportion.
+        candidates: taken by their codes, per hit asked for; scored from the float16 rows.
     """
 
-    def recall(value: int, half: int) -> dict[str, float]:
-        knob = Knob(plan.parameter, value, plan.oversample)
-        return {kind: q.half(half).recall(index, stored_ND, knob) for kind, q in held_out.items()}
+    parameter: str | None
+    value: int
+    candidates: int = 1
 
-    def reached(value: int) -> bool:
-        return min(recall(value, 0).values()) >= min(target + _MARGIN, 1.0)
-
-    value = smallest(reached, plan.largest) if plan.parameter and held_out else plan.largest
-    measured = {kind: round(share, 4) for kind, share in recall(value, 1).items()}
-    return Knob(plan.parameter, value, plan.oversample), measured
-
-
-def smallest(reached: Callable[[int], bool], largest: int) -> int:
-    """The smallest of 1 … largest that is enough, found by doubling and halving; else largest."""
-    high = 1
-    while not reached(high):
-        if high == largest:
-            return largest
-        high = min(2 * high, largest)
-    low = high // 2  # not enough, or zero
-    while high - low > max(1, high // 16):
-        middle = (low + high) // 2
-        if reached(middle):
-            high = middle
+    def faiss_parameters(self, k: int, asked: int) -> Any:
+        """FAISS's own object for a search of k hits, of which more are asked for."""
+        width = self.value * math.ceil(max(k, TUNED_FOR) / TUNED_FOR)
+        if self.parameter is None:
+            return None
+        if self.parameter == "efSearch":
+            width = max(width, max(k, TUNED_FOR) * self.candidates)
+            inner = faiss.SearchParametersHNSW(efSearch=width)
         else:
-            low = middle
-    return high
+            inner = faiss.SearchParametersIVF(nprobe=width)
+        factor = self.candidates * max(k, TUNED_FOR) / asked
+        return faiss.IndexRefineSearchParameters(k_factor=max(factor, 1), base_index_params=inner)
+
+
+class Searcher:
+    """An index over rows; it is never changed, so threads may share it."""
+
+    def __init__(self, index: Any, rows: Rows) -> None:
+        self.index, self.rows = index, rows
+        # FAISS wants as many rows as codes, which is not so while some are held out
+        empty = faiss.IndexFlatIP(index.d)
+        self._refined = faiss.IndexRefine(empty, empty)
+        self._refined.base_index, self._refined.refine_index = index, rows.flat
+        self._refined.ntotal = len(rows)  # the bound of a row number
+
+    def search(self, queries_QD: Float32, k: int, knob: Knob) -> tuple[Int64, Float32]:
+        """The k best rows and their exact cosine similarities, [Q, K] each, best first.
+
+        K is k, or the count of the index if that is less. Rows not found are -1 and come last.
+        """
+        k = min(k, self.index.ntotal)
+        asked = min(k + _SPARE, self.index.ntotal)
+        searched = self._refined if knob.parameter else self.index
+        return self._in_blocks(searched, queries_QD, k, asked, knob.faiss_parameters(k, asked))
+
+    def search_among(self, queries_QD: Float32, k: int, rows_N: Int64) -> tuple[Int64, Float32]:
+        """The same of the rows named only, all of which are compared."""
+        chosen = np.zeros(len(self.rows), bool)
+        chosen[rows_N] = True
+        bits = np.packbits(chosen, bitorder="little")
+        only = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+        k = min(k, len(rows_N))
+        return self._in_blocks(self.rows.flat, queries_QD, k, min(k + _SPARE, len(rows_N)), only)
+
+    def _in_blocks(
+        self, searched: Any, queries_QD: Float32, k: int, asked: int, parameters: Any
+    ) -> tuple[Int64, Float32]:
+        found = list[tuple[Int64, Float32]]()
+        for start in range(0, len(queries_QD), _QUERIES):
+            some_QD = np.ascontiguousarray(queries_QD[start : start + _QUERIES])
+            rows_QA = searched.search(some_QD, asked, params=parameters)[1]
+            rows_QA, scores_QA = rescore(self.rows, some_QD, rows_QA)
+            found.append((rows_QA[:, :k], scores_QA[:, :k]))
+        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])

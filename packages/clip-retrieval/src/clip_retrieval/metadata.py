@@ -1,98 +1,165 @@
-"""Arrow tables: what is known about each row, and the parts a build leaves on its way.
+"""What is known about each row: an Arrow IPC file, memory-mapped.
 
-Both are Arrow IPC files, memory-mapped: reading one row touches that row's pages only. A part
-holds one shard's metadata and embeddings in one file, so it is there whole or not at all.
+Reading one row touches that row's pages only, thumbnails and all.
 """
 
-# N rows, D embedding width
-
 import json
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from clip_retrieval.embed import Part
 from clip_retrieval.errors import RetrievalError
+from clip_retrieval.vectors import Int64
 
 COLUMNS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("caption", pa.string()),  # the .txt; several captions on a line each
+        pa.field("url", pa.string()),
         pa.field("json", pa.string()),  # the .json as it is
-        pa.field("shard", pa.string(), nullable=False),  # the tar's file name
-        pa.field("offset", pa.int64(), nullable=False),  # of the image's bytes in the tar
-        pa.field("size", pa.int64(), nullable=False),  # of the image, in bytes
+        pa.field("shard", pa.string()),  # the file that holds the picture, within its source
+        pa.field("offset", pa.int64()),  # of the picture's bytes in that file
+        pa.field("size", pa.int64()),  # of the picture, in bytes
+        pa.field("thumbnail", pa.binary()),  # JPEG
     ]
 )
+_IN_A_BATCH = 10_000  # rows
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write one shard's part file, whole or not at all."""
-    rows = [asdict(record) | {"shard": part.shard.name} for record in part.records]
-    numbers = pa.array(part.embeddings_ND.astype(np.float16).ravel())
-    vectors = pa.FixedSizeListArray.from_arrays(numbers, part.embeddings_ND.shape[1])
-    table = pa.Table.from_pylist(rows, schema=COLUMNS).append_column("embedding", vectors)
-    table = table.replace_schema_metadata({"failed": str(len(part.failures))})
-    temporary = path.with_name(path.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(temporary, path)
+class MetadataWriter:
+    """Writes `metadata.arrow` table by table."""
 
+    def __init__(self, path: Path) -> None:
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, COLUMNS)
 
-def part_counts(path: Path) -> tuple[int, int]:
-    """A part's (rows, images that could not be read)."""
-    table = _open(path)
-    return table.num_rows, int(table.schema.metadata[b"failed"])
+    def write(self, table: Any) -> None:
+        """Append a table of COLUMNS."""
+        columns = table.select(COLUMNS.names).replace_schema_metadata(None).cast(COLUMNS)
+        self._writer.write_table(columns, max_chunksize=_IN_A_BATCH)
 
-
-def merge_parts(parts: Sequence[Path], metadata: Path) -> Iterator[NDArray[np.float16]]:
-    """Write all parts' metadata to one file; yields each part's embeddings [N, D] in turn."""
-    with pa.OSFile(str(metadata), "wb") as file, pa.ipc.new_file(file, COLUMNS) as writer:
-        for path in parts:
-            table = _open(path)
-            writer.write_table(table.select(COLUMNS.names).replace_schema_metadata(None))
-            for chunk in table["embedding"].chunks:
-                yield chunk.flatten().to_numpy().reshape(len(chunk), -1)
+    def close(self) -> None:
+        """Finish the file."""
+        self._writer.close()
+        self._file.close()
 
 
 class Metadata:
-    """The rows of `metadata.arrow`, read one at a time.
+    """The rows of `metadata.arrow`.
 
     Raises:
         RetrievalError: the file is missing, truncated or has other columns.
     """
 
     def __init__(self, path: Path) -> None:
-        self._table = _open(path)
-        if self._table.schema.names != COLUMNS.names:
+        try:
+            self.table: Any = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (pa.ArrowInvalid, OSError) as error:
             raise RetrievalError(
-                f"{path} has the columns {self._table.schema.names}; expected {COLUMNS.names}; "
+                f"{path} cannot be read ({error}); build the index again"
+            ) from error
+        if self.table.schema.names != COLUMNS.names:
+            raise RetrievalError(
+                f"{path} has the columns {self.table.schema.names}; expected {COLUMNS.names}; "
                 "build the index again"
             )
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return self.table.num_rows
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """One row as {column: value}, the .json parsed."""
-        values: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
-        return values | {"json": json.loads(values["json"]) if values["json"] else None}
+        """One row as {column: value}, the .json parsed, without its thumbnail."""
+        columns = self.table.drop_columns("thumbnail")
+        values: dict[str, Any] = columns.slice(row, 1).to_pylist()[0]
+        return values | {"json": _parse_json(values["json"])}
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """The row's JPEG, if the index keeps them."""
+        return self.table["thumbnail"][row].as_py()
 
     def captions(self, rows: Sequence[int]) -> list[str]:
         """The first caption of each row that has one."""
-        column = self._table["caption"]
+        column = self.table["caption"]
         found = (column[int(row)].as_py() for row in rows)
         return [caption.splitlines()[0] for caption in found if caption]
 
+    def matching(self, where: str) -> Int64:
+        """The rows that a filter lets through.
 
-def _open(path: Path) -> Any:
+        Args:
+            where: `NAME OP VALUE`, several with `and` between them. NAME is a column or a name in
+                the .json; OP is = != < <= > >= or ~ (contains, whatever the case).
+
+        Raises:
+            RetrievalError: it cannot be read, or no row has the name.
+        """
+        tests = [_parse(term) for term in re.split(r"\s+and\s+", where.strip(), flags=re.I)]
+        in_json = [name for name, _ in tests if name not in COLUMNS.names]
+        found = np.ones(len(self), bool)
+        seen = set[str]()
+        columns = {name: self.table[name] for name, _ in tests if name in COLUMNS.names}
+        for row, values in enumerate(self._values(columns, parse=bool(in_json))):
+            for name, test in tests:
+                value = values.get(name)
+                if value is not None:
+                    seen.add(name)
+                found[row] &= value is not None and test(value)
+        if unknown := [name for name in in_json if name not in seen]:
+            raise RetrievalError(
+                f"--where {where!r}: no row has {unknown[0]!r}; the columns are "
+                f"{', '.join(COLUMNS.names[:-1])}, other names are looked up in each row's json"
+            )
+        return np.flatnonzero(found)
+
+    def _values(self, columns: dict[str, Any], *, parse: bool) -> Iterator[dict[str, Any]]:
+        texts = self.table["json"] if parse else [None] * len(self)
+        for row, text in enumerate(texts):
+            parsed = text.as_py() if text is not None else None
+            own = _parse_json(parsed)
+            known = own if isinstance(own, dict) else {}
+            yield known | {name: column[row].as_py() for name, column in columns.items()}
+
+
+def _parse_json(text: str | None) -> Any:
+    """A .json member; one that is not JSON stays text."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RetrievalError(f"{path} cannot be read ({error}); build the index again") from error
+        return json.loads(text) if text else None
+    except ValueError:
+        return text
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "~": lambda value, part: str(part).lower() in str(value).lower(),
+}
+
+
+def _parse(term: str) -> tuple[str, Callable[[Any], bool]]:
+    """`NAME OP VALUE` -> the name and a test of its value; numbers compare as numbers."""
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(!=|<=|>=|=|<|>|~)\s*(.+?)\s*", term)
+    if match is None:
+        raise RetrievalError(
+            f"--where {term!r} is not `NAME OP VALUE` with = != < <= > >= or ~ (contains)"
+        )
+    name, compare, text = match[1], _OPERATORS[match[2]], match[3].strip("'\"")
+    try:
+        number = float(text)
+    except ValueError:
+        number = None
+
+    def test(value: Any) -> bool:
+        if number is not None and isinstance(value, int | float) and match[2] != "~":
+            return compare(value, number)
+        return compare(str(value), text)
+
+    return name, test

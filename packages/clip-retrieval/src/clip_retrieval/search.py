@@ -4,92 +4,103 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clip_models import LoadedModel, ModelError, load_model
+from clip_models import LoadedModel, load_model
 
 from clip_retrieval import index as faiss_index
-from clip_retrieval.embed import embed_image, embed_texts, pick_device
+from clip_retrieval.embed import pick_device
 from clip_retrieval.errors import RetrievalError
-from clip_retrieval.layout import read_facts
+from clip_retrieval.layout import generation, read_facts
 from clip_retrieval.metadata import Metadata
-from clip_retrieval.shards import read_span
-from clip_retrieval.vectors import Float16, Float32, open_vectors
+from clip_retrieval.vectors import Float32, Int64, Rows
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Query:
-    """A question: a text, or an encoded image and the name it is shown under."""
+class Match:
+    """A row found: its exact cosine similarity, and the rows folded into it."""
 
-    text: str | None = None
-    image: bytes | None = None
-    name: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        """{"text": …} or {"image": name}."""
-        return {"image": self.name} if self.text is None else {"text": self.text}
+    row: int
+    similarity: float
+    duplicates: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One picture found; rank from 1, similarity the exact cosine."""
+    """A match with what is known of the picture; rank from 1."""
 
     rank: int
     row: int
     key: str
     caption: str | None
     similarity: float
-    shard: str
-    json: dict[str, Any] | None
+    url: str | None
+    shard: str | None
+    json: Any
+    duplicates: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A query and its hits, best first."""
-
-    query: Query
-    hits: list[Hit]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return {"query": self.query.to_dict(), "hits": [hit.to_dict() for hit in self.hits]}
+        """As a JSON object; without duplicates where there are none."""
+        values = dict(vars(self))
+        return values if self.duplicates else {k: values[k] for k in values if k != "duplicates"}
 
 
 class Index:
     """A whole index directory, memory-mapped but for the FAISS index itself.
 
+    It is never changed, so threads may share it. A change to the directory leaves it as it is:
+    its files stay mapped.
+
     Attributes:
+        path: the directory.
         facts: index.json.
+        rows: the float16 rows.
+        metadata: what is known of each.
 
     Raises:
         RetrievalError: no index is there, or its files are truncated or do not agree.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str = "cpu") -> None:
         self.path = path
         self.facts = read_facts(path)
-        self._faiss = faiss_index.read_index(path / "image.index")
-        self._vectors_ND: Float16 = open_vectors(path / "embeddings.npy")
-        self._metadata = Metadata(path / "metadata.arrow")
-        rows = (self._faiss.ntotal, len(self._vectors_ND), len(self._metadata))
-        widths = (self._faiss.d, self._vectors_ND.shape[1])
+        while True:
+            try:
+                self._open(generation(path, self.facts), device)
+                return
+            except RetrievalError:
+                before, self.facts = self.facts, read_facts(path)
+                if before["generation"] == self.facts["generation"]:  # not replaced meanwhile
+                    raise
+
+    def _open(self, files: Path, device: str) -> None:
+        index = faiss_index.read_index(files / "image.index")
+        self.rows = Rows(files / "rows.index")
+        self.metadata = Metadata(files / "metadata.arrow")
+        rows = (index.ntotal, len(self.rows), len(self.metadata))
+        widths = (index.d, self.rows.flat.d)
         if set(rows) != {self.facts["images"]} or set(widths) != {self.facts["dim"]}:
             raise RetrievalError(
-                f"{path}: its files do not agree (rows {rows}, expected {self.facts['images']}; "
-                f"width {widths}, expected {self.facts['dim']}); build it again"
+                f"{self.path}: its files do not agree (rows {rows}, expected "
+                f"{self.facts['images']}; width {widths}, expected {self.facts['dim']}); build it "
+                "again"
             )
+        if pick_device(device).type == "cuda":
+            index = faiss_index.to_gpu(index, self.facts["plan"]["family"])
+        self._searcher = faiss_index.Searcher(index, self.rows)
         self._knob = faiss_index.Knob(**self.facts["search"])
 
     def __len__(self) -> int:
         return self.facts["images"]
+
+    def stale(self) -> bool:
+        """Whether the directory holds another generation by now."""
+        return read_facts(self.path)["generation"] != self.facts["generation"]
 
     def load_model(self, path: Path | None = None, device: str = "auto") -> LoadedModel:
         """Load the recorded model, or the same one from another place.
@@ -97,93 +108,170 @@ class Index:
         Raises:
             RetrievalError: it is gone, or its weights or preprocessing are not the index's.
         """
-        if path is None and not (path := Path(self.facts["model"])).is_dir():
-            raise RetrievalError(f"{path}, the model of {self.path}, is gone; give --model DIR")
+        recorded = self.facts["model"]
+        if path is None:
+            if recorded is None:
+                raise RetrievalError(f"{self.path} knows no model; give --model DIR")
+            if not (path := Path(recorded)).is_dir():
+                raise RetrievalError(f"{path}, the model of {self.path}, is gone; give --model DIR")
         loaded = load_model(path, pick_device(device))
         found = {"fingerprint": loaded.fingerprint, "preprocess": loaded.preprocess.hash}
         for name, value in found.items():
-            if value != (expected := self.facts["inputs"][name]):
+            expected = self.facts["inputs"][name]
+            if expected is not None and value != expected:
                 raise RetrievalError(
                     f"{path} is not the model of {self.path}: {name} {value[:20]}…, expected "
-                    f"{expected[:20]}…; give the one it was built with ({self.facts['model']})"
+                    f"{expected[:20]}…; give the one it was built with ({recorded})"
                 )
+        if loaded.config.embed_dim != self.facts["dim"]:
+            raise RetrievalError(
+                f"{path} makes {loaded.config.embed_dim} numbers, {self.path} holds vectors of "
+                f"{self.facts['dim']}; give the model it was made with"
+            )
         return loaded
 
-    def nearest(self, queries_QD: Float32, k: int) -> list[list[Hit]]:
-        """The k nearest pictures to each unit row; all of them where k is above the count.
+    def search(
+        self,
+        queries_QD: Float32,
+        k: int,
+        *,
+        threshold: float | None = None,
+        where: str | None = None,
+        fold: float | None = None,
+    ) -> list[list[Match]]:
+        """The k nearest pictures to each unit row, best first; fewer where there are not as many.
+
+        Args:
+            threshold: the least cosine similarity.
+            where: a filter (Metadata.matching); the rows it lets through are all compared.
+            fold: the similarity from which a match is a duplicate of a better one. k matches that
+                are no duplicates are looked for.
 
         Raises:
-            RetrievalError: queries of another width.
+            RetrievalError: queries of another width, a filter that cannot be read.
         """
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.facts["dim"]:
             raise RetrievalError(
                 f"queries of shape {queries_QD.shape}; {self.path} holds vectors of "
                 f"{self.facts['dim']} numbers"
             )
-        if k > len(self):
-            log.warning("-k %d is above the %d images of the index: all are shown", k, len(self))
-        rows_QK, scores_QK = faiss_index.search(
-            self._faiss, self._vectors_ND, queries_QD, min(k, len(self)), self._knob
-        )
+        among = None if where is None else self.metadata.matching(where)
+        found = self._found(queries_QD, min(k, len(self)), threshold, among)
+        if fold is None:
+            return found
         return [
-            [
-                self._hit(rank, int(row), float(score))
-                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1)
-                if row >= 0
-            ]
-            for rows, scores in zip(rows_QK, scores_QK, strict=True)
+            self._fold(query_D[None], k, matches, fold, threshold, among)
+            for query_D, matches in zip(queries_QD, found, strict=True)
         ]
 
+    def nearest(self, queries_QD: Float32, k: int, **options: Any) -> list[list[Hit]]:
+        """The same as search, with what is known of each picture."""
+        if k > len(self):
+            log.warning("-k %d is above the %d images of the index: all are shown", k, len(self))
+        return [
+            [self._hit(rank, match) for rank, match in enumerate(matches, 1)]
+            for matches in self.search(queries_QD, k, **options)
+        ]
+
+    def _found(
+        self, queries_QD: Float32, k: int, threshold: float | None, among: Int64 | None
+    ) -> list[list[Match]]:
+        if among is not None and not len(among):
+            return [[] for _ in queries_QD]
+        if among is None:
+            rows_QK, scores_QK = self._searcher.search(queries_QD, k, self._knob)
+        else:
+            rows_QK, scores_QK = self._searcher.search_among(queries_QD, k, among)
+        keep_QK = (rows_QK >= 0) & (scores_QK >= (-np.inf if threshold is None else threshold))
+        scores_QK = np.round(scores_QK.astype(np.float64), 6)
+        return [
+            [Match(r, s) for r, s in zip(rows[keep].tolist(), scores[keep].tolist(), strict=True)]
+            for rows, scores, keep in zip(rows_QK, scores_QK, keep_QK, strict=True)
+        ]
+
+    def _fold(
+        self,
+        query_1D: Float32,
+        k: int,
+        matches: list[Match],
+        fold: float,
+        threshold: float | None,
+        among: Int64 | None,
+    ) -> list[Match]:
+        """k matches that are no duplicates; looks further while there are too few."""
+        asked = min(k, len(self))
+        while True:
+            rows_M = np.array([match.row for match in matches], np.int64)
+            unit_MD = self.rows.unit(rows_M)
+            kept: dict[int, list[int]] = {}  # number of a match -> rows folded into it
+            for m in range(len(matches)):
+                better = list(kept)
+                alike = unit_MD[better] @ unit_MD[m]
+                if len(better) and alike.max() >= fold:
+                    kept[better[int(alike.argmax())]].append(matches[m].row)
+                else:
+                    kept[m] = []
+            if len(kept) >= k or len(matches) < asked or asked == len(self):
+                return [
+                    Match(matches[m].row, matches[m].similarity, tuple(rows))
+                    for m, rows in list(kept.items())[:k]
+                ]
+            asked = min(2 * asked, len(self))
+            matches = self._found(query_1D, asked, threshold, among)[0]
+
+    def row(self, row: int) -> dict[str, Any]:
+        """What is known of a row: key, caption, url, json (parsed), shard, offset, size."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return self.metadata[row]
+
+    def vector(self, row: int) -> Float32:
+        """A row as a unit vector."""
+        return self.rows.unit(np.array([row]))[0]
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """The small JPEG of a row, if the index keeps them."""
+        return self.metadata.thumbnail(row)
+
     def image(self, row: int) -> bytes:
-        """The encoded picture of a row, read from its shard.
+        """The encoded picture of a row, from its shard or folder, or else its thumbnail.
 
         Raises:
-            RetrievalError: the shard is gone or is another one.
+            RetrievalError: neither is there, or the shard is another one.
         """
-        values = self._metadata[row]
-        shard = Path(self.facts["shards"]) / values["shard"]
-        if not shard.is_file():
-            raise RetrievalError(f"{shard} is gone; pictures are read from the shards indexed")
-        if shard.stat().st_size != self.facts["inputs"]["shard_bytes"][shard.name]:
-            raise RetrievalError(f"{shard} has changed since {self.path} was built; build it again")
-        with shard.open("rb") as file:
-            return read_span(file, (values["offset"], values["size"]))
+        values = self.metadata[row]
+        kept = self.thumbnail(row)
+        if values["shard"] is None or not values["size"]:
+            if kept is None:
+                raise RetrievalError(f"{self.path}: no picture is known of {values['key']}")
+            return kept
+        part = self.facts["parts"][int(np.searchsorted(self._part_ends, row, "right"))]
+        file = Path(part["source"]) / values["shard"]
+        if not file.is_file():
+            if kept is None:
+                raise RetrievalError(f"{file} is gone; pictures are read from the shards indexed")
+            return kept
+        expected = part["bytes"] if part["name"] == values["shard"] else values["size"]
+        if file.stat().st_size != expected:
+            raise RetrievalError(f"{file} has changed since {self.path} was built; build it again")
+        with file.open("rb") as opened:
+            opened.seek(values["offset"])
+            return opened.read(values["size"])
 
-    def _hit(self, rank: int, row: int, similarity: float) -> Hit:
-        values = self._metadata[row]
+    @cached_property
+    def _part_ends(self) -> Int64:
+        return np.cumsum([part["rows"] for part in self.facts["parts"]])
+
+    def _hit(self, rank: int, match: Match) -> Hit:
+        values = self.metadata[match.row]
         return Hit(
             rank=rank,
-            row=row,
+            row=match.row,
             key=values["key"],
             caption=values["caption"],
-            similarity=round(similarity, 6),
+            similarity=match.similarity,
+            url=values["url"],
             shard=values["shard"],
             json=values["json"],
+            duplicates=match.duplicates,
         )
-
-
-def query_index(
-    index: Index,
-    queries: list[Query],
-    *,
-    k: int = 10,
-    model: Path | None = None,
-    device: str = "auto",
-) -> list[Answer]:
-    """Answer all queries, in their order.
-
-    Raises:
-        RetrievalError: another model than the index's, an image that is not one.
-    """
-    loaded = index.load_model(model, device)
-    rows = list[Float32]()
-    for query in queries:
-        if query.image is None:
-            rows.append(embed_texts(loaded, [query.text or ""]))
-            continue
-        try:
-            rows.append(embed_image(loaded, query.image))
-        except ModelError as error:
-            raise RetrievalError(f"image {query.name}: {error}") from error
-    found = index.nearest(np.concatenate(rows), k)
-    return [Answer(query, hits) for query, hits in zip(queries, found, strict=True)]

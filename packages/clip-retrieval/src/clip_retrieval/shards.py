@@ -26,9 +26,14 @@ class Sample:
     members: dict[str, Span]
 
     @property
+    def image_extension(self) -> str:
+        """Of the picture; "" where the sample has none."""
+        return next((e for e in IMAGE_EXTENSIONS if e in self.members), "")
+
+    @property
     def image(self) -> Span | None:
         """The picture, or None where the sample has none."""
-        return next((self.members[e] for e in IMAGE_EXTENSIONS if e in self.members), None)
+        return self.members.get(self.image_extension)
 
 
 def list_shards(directory: Path) -> list[Path]:

@@ -4,7 +4,8 @@ import base64
 import html
 from collections.abc import Callable, Iterator, Sequence
 
-from clip_retrieval.search import Answer, Hit, Query
+from clip_retrieval.query import Answer, Query
+from clip_retrieval.search import Hit
 
 _CAPTION = 60  # characters of a caption shown in a table
 
@@ -15,7 +16,7 @@ def table(answers: Sequence[Answer]) -> str:
     for answer in answers:
         keys = max([3, *(len(hit.key) for hit in answer.hits)])
         lines = [
-            _title(answer.query),
+            _title(answer),
             f"{'rank':>4}  {'sim':>7}  {'row':>9}  {'key':<{keys}}  caption",
         ]
         lines += [
@@ -35,11 +36,11 @@ def contact_sheet(answers: Sequence[Answer], picture: Callable[[int], bytes]) ->
 def _page(answers: Sequence[Answer], picture: Callable[[int], bytes]) -> Iterator[str]:
     yield _HEAD
     for answer in answers:
-        query = answer.query
         yield "<section>\n<h2>"
-        if query.image is not None:
-            yield f'<img class="query" src="{data_uri(query.image)}" alt="">'
-        yield f"{html.escape(_title(query))}</h2>\n<ol>\n"
+        for term in answer.terms:
+            if term.image is not None:
+                yield f'<img class="query" src="{data_uri(term.image)}" alt="">'
+        yield f"{html.escape(_title(answer))}</h2>\n<ol>\n"
         for hit in answer.hits:
             text = html.escape(_one_line(hit))
             yield (
@@ -61,12 +62,21 @@ def data_uri(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def _title(query: Query) -> str:
-    return f"image {query.name}" if query.text is None else f"“{query.text}”"
+def _title(answer: Answer) -> str:
+    """“a cat” + image dog.png − “snow”."""
+    titles = [("− " if term.weight < 0 else "+ ") + _name(term) for term in answer.terms]
+    return " ".join(titles).removeprefix("+ ")
+
+
+def _name(term: Query) -> str:
+    if term.text is not None:
+        return f"“{term.text}”"
+    return f"{'embedding' if term.image is None else 'image'} {term.name}"
 
 
 def _one_line(hit: Hit) -> str:
-    return " · ".join((hit.caption or "").splitlines())
+    same = f" (+{len(hit.duplicates)} alike)" if hit.duplicates else ""
+    return " · ".join((hit.caption or "").splitlines()) + same
 
 
 _HEAD = """<!doctype html>
