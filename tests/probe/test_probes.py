@@ -5,15 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_probe import ProbeError
-from clip_probe.probes import (
-    GRID,
-    ONE_SHOT_C,
-    Rows,
-    few_shot_draw,
-    few_shot_probe,
-    full_probe,
-    held_out_fifth,
-)
+from clip_probe.draws import Rows, Task, few_shot_draw, few_shot_task, full_task, held_out_fifth
+from clip_probe.probes import GRID, Probe, Solver, find_probes, method_of
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
@@ -24,6 +17,17 @@ def digits(first: int, last: int) -> Rows:
     data = load_digits()
     x = torch.tensor(data.data[first:last], dtype=torch.float32)
     return Rows(F.normalize(x), torch.tensor(data.target[first:last]))
+
+
+def few_shot_probe(
+    train: Rows, val: Rows | None, classes: int, shots: int, seed: int, solver: Solver = "lbfgs"
+) -> Probe:
+    task = few_shot_task(train, val, shots, seed)
+    return find_probes([task], classes, method_of(solver))[0]
+
+
+def full_probe(train: Rows, val: Rows | None, classes: int, solver: Solver = "lbfgs") -> Probe:
+    return find_probes([full_task(train, val)], classes, method_of(solver))[0]
 
 
 def test_a_draw_has_k_images_of_each_class() -> None:
@@ -54,11 +58,11 @@ def test_the_held_out_fifth_is_stratified() -> None:
 def test_c_has_the_best_validation_accuracy_and_is_the_smallest_such() -> None:
     train, val = digits(0, 300), digits(300, 500)
     probe = few_shot_probe(train, val, 10, 8, seed=0)
-    assert probe.val_acc1 is not None
-    assert len(probe.val_acc1) == len(GRID)
-    assert probe.c == GRID[int(np.argmax(probe.val_acc1))]
+    assert probe.judged is not None
+    assert len(probe.judged) == len(GRID)
+    assert probe.setting == GRID[int(np.argmax(probe.judged))]
     draw = train.pick(few_shot_draw(train.labels, 8, 0).flatten())
-    for c, acc1 in list(zip(GRID, probe.val_acc1, strict=True))[::4]:
+    for c, acc1 in list(zip(GRID, probe.judged, strict=True))[::4]:
         theirs = LogisticRegression(C=c, solver="newton-cg", tol=1e-8, max_iter=1000)
         theirs.fit(draw.features.double(), draw.labels)
         assert acc1 == theirs.score(val.features.double(), val.labels)
@@ -69,7 +73,7 @@ def test_the_full_probe_is_refitted_on_train_and_validation() -> None:
     probe = full_probe(train, val, 10)
     assert probe.train_samples == 400
     both = train.join(val)
-    theirs = LogisticRegression(C=probe.c, solver="newton-cg", tol=1e-9, max_iter=1000)
+    theirs = LogisticRegression(C=probe.setting, solver="newton-cg", tol=1e-9, max_iter=1000)
     theirs.fit(both.features.double(), both.labels)
     logits = theirs.decision_function(both.features.double())
     ours = probe.logits(both.features).double().numpy()
@@ -87,13 +91,13 @@ def test_few_shots_without_a_validation_split_use_no_label_beyond_the_draw() -> 
     scrambled.features[others] = 0.0
     first = few_shot_probe(train, None, 10, 6, seed=1)
     second = few_shot_probe(scrambled, None, 10, 6, seed=1)
-    assert first.c == second.c
+    assert first.setting == second.setting
     assert torch.equal(first.weight, second.weight)
 
 
 def test_one_shot_cannot_be_divided() -> None:
     probe = few_shot_probe(digits(0, 300), None, 10, 1, seed=0)
-    assert (probe.c, probe.val_acc1, probe.train_samples) == (ONE_SHOT_C, None, 10)
+    assert (probe.setting, probe.judged, probe.train_samples) == (1.0, None, 10)
 
 
 def test_a_class_absent_from_train_is_never_predicted() -> None:
@@ -111,3 +115,45 @@ def test_too_few_images_to_hold_any_out() -> None:
     few = train.pick(few_shot_draw(train.labels, 4, 0).flatten())
     with pytest.raises(ProbeError, match="--val-split"):
         full_probe(few, None, 10)
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_many_tasks_at_once_equal_each_alone(val: bool) -> None:
+    train, held = digits(0, 300), digits(300, 500) if val else None
+    tasks = [few_shot_task(train, held, shots, seed) for shots in (1, 4) for seed in (0, 1)]
+    method = method_of("lbfgs")
+    for task, probe in zip(tasks, find_probes(tasks, 10, method), strict=True):
+        (alone,) = find_probes([task], 10, method)
+        assert (probe.setting, probe.judged) == (alone.setting, alone.judged)
+        logits = probe.logits(train.features) - alone.logits(train.features)
+        assert (logits - logits.mean(1, keepdim=True)).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("classes", [10, 2, 1])
+def test_scikit_learn_finds_the_same_probes(classes: int) -> None:
+    """Of two classes scikit-learn fits one logit, whose penalty is another; of one it fits none."""
+    train, val = digits(0, 200), digits(200, 300)
+    train, val = (rows.pick(rows.labels < classes) for rows in (train, val))
+    ours, theirs = (
+        find_probes([full_task(train, val)], classes, method_of(solver)._replace(settings=GRID[:9]))
+        for solver in ("lbfgs", "sklearn")
+    )
+    assert ours[0].judged == theirs[0].judged
+    assert ours[0].setting == theirs[0].setting
+    both = [probe[0].logits(val.features) for probe in (ours, theirs)]
+    centred = [logits - logits.mean(1, keepdim=True) for logits in both]
+    assert torch.allclose(*centred, atol=0.02)
+
+
+def test_one_fit_serves_choice_and_result_where_the_rows_are_the_same() -> None:
+    """Of few shots judged by val, as of the paper's protocol."""
+    train, test = digits(0, 300), digits(300, 500)
+    calls: list[int] = []
+    method = method_of("lbfgs")
+
+    def watched(data: list[Rows], present: torch.Tensor, grids: list[list[float]]) -> object:
+        calls.append(sum(map(len, grids)))
+        return method.fit(data, present, grids)
+
+    find_probes([Task([(train, test)], train)], 10, method._replace(fit=watched))  # type: ignore[arg-type]
+    assert calls == [len(GRID)]

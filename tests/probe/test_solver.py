@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from clip_probe import ProbeError, fit_grid, solver
+from clip_probe.solver import fit_grids
 from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -60,9 +61,57 @@ def plain() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_grid_in_parts_equals_the_grid_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = plain()
     whole = fit_grid(x, y, 10, GRID)
-    monkeypatch.setattr("clip_probe.solver.MAX_LOGITS", 2 * 700 * 10)
+    monkeypatch.setattr("clip_probe.solver.MAX_WEIGHTS", 2 * 65 * 10)
+    monkeypatch.setattr("clip_probe.lbfgs.LOGITS_AT_ONCE", 1000)
     parts = fit_grid(x, y, 10, GRID)
-    assert torch.allclose(whole.objective, parts.objective, rtol=1e-7)
+    assert torch.allclose(whole.objective, parts.objective, rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [2**20, 300])
+def test_draws_of_different_sizes_and_grids_equal_each_alone(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Fewer rows than features, more, and as many; one grid for each."""
+    x, y = plain()
+    first = [(y == label).nonzero()[:, 0] for label in range(10)]
+    data = [
+        (x[rows], y[rows]) for rows in (torch.cat([f[:k] for f in first]) for k in (1, 20, 3, 6))
+    ]
+    grids = [[1.0, 1e4], [1e2], [1e-2, 1.0, 1e2], [1e6]]
+    alone = [fit_grid(*rows, 10, grid) for rows, grid in zip(data, grids, strict=True)]
+    monkeypatch.setattr("clip_probe.solver.MAX_WEIGHTS", at_once)
+    for fit, expected in zip(fit_grids(data, 10, grids), alone, strict=True):
+        assert fit.converged.all()
+        assert fit.weight.shape == expected.weight.shape
+        assert torch.allclose(fit.objective, expected.objective, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["many classes", "Fashion-MNIST's shape", "separable"])
+def test_hard_features(kind: str) -> None:
+    """Classes of unlike covariances that overlap; a separable set, whose loss goes to nothing."""
+    samples, width, classes = {
+        "many classes": (1000, 48, 25),
+        "Fashion-MNIST's shape": (1500, 784, 10),  # the bench has all 60,000 rows
+        "separable": (400, 64, 20),
+    }[kind]
+    random = np.random.default_rng(0)
+    y = np.arange(samples + 1000) % classes
+    spread = random.lognormal(sigma=0.5, size=(classes, width)) * np.arange(1, width + 1) ** -0.7
+    far = 10 if kind == "separable" else 0.5
+    means = far * spread * random.normal(size=(classes, width))
+    x = means[y] + spread[y] * random.normal(size=(len(y), width))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x, test, y = x[:samples], x[samples:], y[:samples]
+    grid = [1e-1, 1e2, 1e5]
+    fit = fit_grid(torch.tensor(x), torch.tensor(y), classes, grid)
+    assert fit.converged.all()
+    for r, c in enumerate(grid):
+        weight, bias = fit.weight[r].numpy(), fit.bias[r].numpy()
+        theirs = LogisticRegression(C=c, tol=1e-8, max_iter=20_000).fit(x, y)
+        expected = objective(x, y, theirs.coef_, theirs.intercept_, c)
+        assert objective(x, y, weight, bias, c) <= expected * (1 + 1e-6)
+        same = (test @ weight.T + bias).argmax(1) == theirs.predict(test)
+        assert same.mean() >= 0.999
 
 
 def test_float32_features_are_solved_in_float64() -> None:
@@ -82,13 +131,13 @@ def test_a_small_problem_takes_one_thread_and_gives_it_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    minimise = solver._minimise
+    together = solver._fit_together
 
     def watched(*arguments: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return minimise(*arguments)
+        return together(*arguments)
 
-    monkeypatch.setattr(solver, "_minimise", watched)
+    monkeypatch.setattr(solver, "_fit_together", watched)
     torch.set_num_threads(2)
     fit_grid(*plain(), 10, [1.0])
     seen.append(torch.get_num_threads())

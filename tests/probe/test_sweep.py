@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from clip_probe.probes import GRID
+from clip_models import load_model, save_model
+from clip_probe.probes import GRID, find_probes
 from PIL import Image
+
+from .conftest import invoke
 
 Run = Callable[..., list[dict[str, Any]]]
 Fail = Callable[..., str]
 Digits = list[tuple[bytes, int]]
 WriteSet = Callable[..., Path]
+KillAt = Callable[[int, Callable[[], object]], bool]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def test_sweep_saves_a_head_that_eval_confirms(
     assert len(few[1]["draws"]) == 2
     assert full["train_samples"] == 400
     assert few[1]["draws"][0]["train_samples"] == 40
-    assert result["grid"] == list(GRID)
+    assert result["grid"] == [{"c": c} for c in GRID]
     assert len(full["val_acc1"]) == len(GRID)
     assert full["c"] == GRID[full["val_acc1"].index(max(full["val_acc1"]))]
     assert full["acc1"] > few[1]["acc1_mean"] > few[0]["acc1_mean"] > result["majority_class_share"]
@@ -49,7 +53,12 @@ def test_sweep_saves_a_head_that_eval_confirms(
     out = tmp_path / "out"
     assert json.loads((out / "sweep.json").read_text()) == result
     assert Image.open(out / "shots.png").format == "PNG"
-    assert sorted(file.name for file in out.iterdir()) == ["shots.png", "sweep.json"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "grid.png",
+        "shots.png",
+        "sweep.json",
+        "sweep.md",
+    ]
 
     before = (out / "sweep.json").stat().st_mtime_ns
     assert run(*arguments, *saved) == [result]  # nothing left to do
@@ -112,7 +121,130 @@ def test_classes_absent_or_rare(
     assert "fewer than 4 shots: use --shots '1,2'" in line
     (path / "zeroshot_classification_templates.txt").unlink()
     (result,) = run("sweep", model, path, "--shots", "3", "--seeds", 1)
-    assert result["classes_absent_from_train"] == ["seven"]
+    assert result["classes_absent"]["train"] == ["seven"]
     assert result["zero_shot"] is None
     assert result["few_shot"][0]["draws"][0]["train_samples"] == 27
     assert "no split 'dev'" in fail("sweep", model, path, "--val-split", "dev")
+
+
+def test_the_papers_protocol_is_labelled_and_chooses_on_test(
+    run: Run, fail: Fail, model: Path, digits: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (result,) = run(
+        *("sweep", model, digits, "--paper", "--shots", "4", "--seeds", 1, "--output", out),
+        *("--save-head", "paper"),
+    )
+    full = result["full"]
+    assert result["solver"] == "adam"
+    assert "on TEST" in result["choice"]
+    assert "on TEST" in (out / "sweep.md").read_text()
+    assert result["grid"] == [
+        {"lr": lr, "epochs": epochs, "weight_decay": 0.0}
+        for lr in (0.1, 0.01, 0.001)
+        for epochs in (10, 20, 40)
+    ]
+    assert full["acc1"] == max(full["test_acc1"])
+    assert full["train_samples"] == 300
+    assert "val_acc1" not in full
+    assert result["few_shot"][0]["draws"][0]["train_samples"] == 40
+    (confirmed,) = run("eval", model, digits, "--head", "paper")
+    assert confirmed["acc1"] == full["acc1"]
+    assert "leave --val-split out" in fail("sweep", model, digits, "--paper", "--val-split", "val")
+
+
+def test_adam_from_the_zero_shot_head(run: Run, fail: Fail, model: Path, digits: Path) -> None:
+    arguments = ("sweep", model, digits, "--val-split", "val", "--shots", "1", "--seeds", 1)
+    (result,) = run(*arguments, "--solver", "adam", "--start", "zero-shot")
+    assert (result["solver"], result["start"]) == ("adam", "zero-shot")
+    assert len(result["grid"]) == len(result["full"]["val_acc1"]) == 45
+    assert {"lr", "epochs", "weight_decay"} <= set(result["full"])
+    assert result["full"]["acc1"] > result["zero_shot"]["acc1"]
+    assert "--start zero-shot takes --solver adam" in fail(*arguments, "--start", "zero-shot")
+
+
+def test_scikit_learn_as_solver_gives_the_same_result(run: Run, model: Path, digits: Path) -> None:
+    arguments = ("sweep", model, digits, "--val-split", "val", "--shots", "2", "--seeds", 1)
+    (ours,), (theirs,) = run(*arguments), run(*arguments, "--solver", "sklearn")
+    assert ours["full"]["acc1"] == pytest.approx(theirs["full"]["acc1"], abs=0.0051)
+    assert ours["full"]["val_acc1"][:9] == pytest.approx(theirs["full"]["val_acc1"][:9], abs=0.011)
+
+
+@pytest.mark.parametrize(("rename", "left"), [(1, 3), (3, 1), (6, 1)])
+def test_killed_and_continued_gives_the_same_files(
+    run: Run,
+    fail: Fail,
+    model: Path,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kill_at: KillAt,
+    rename: int,
+    left: int,
+) -> None:
+    """Killed when the first row, the first picture or the result is to take its place."""
+    arguments = ("sweep", model, digits, "--val-split", "val", "--shots", "1,2", "--seeds", 2)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    (expected,) = run(*arguments, "--output", whole)
+    assert kill_at(rename, lambda: invoke(*arguments, "--output", again))
+    assert not (again / "sweep.json").exists()
+    if rename > 1:
+        line = fail(*arguments, "--output", again, "--solver", "adam")
+        assert "differs in solver, grid" in line
+
+    fits: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        fits.append(0)
+        return find_probes(*given)
+
+    monkeypatch.setattr("clip_probe.sweep.find_probes", counted)
+    assert run(*arguments, "--output", again) == [expected]
+    assert len(fits) == left  # of two numbers of shots and the full data
+    for file in whole.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not (again / "partial.json").exists()
+
+
+def test_a_class_absent_from_one_split(
+    run: Run, model: Path, rows: Digits, write_set: WriteSet, tmp_path: Path
+) -> None:
+    """Absent from val or test it judges nothing; from train it is never right; all are told."""
+    splits = {
+        "train": [row for row in rows[:300] if row[1] != 7],
+        "val": [row for row in rows[300:400] if row[1] != 3],
+        "test": [row for row in rows[400:500] if row[1] != 5],
+    }
+    path = write_set(tmp_path / "set", splits)
+    (result,) = run(
+        *("sweep", model, path, "--val-split", "val", "--shots", "2", "--seeds", 1),
+        *("--save-head", "absent"),
+    )
+    assert result["classes_absent"] == {"train": ["seven"], "val": ["three"], "test": ["five"]}
+    # 7 is in val, which the full probe is refitted with; the few-shot probes never saw it
+    assert result["full"]["train_samples"] == len(splits["train"]) + len(splits["val"])
+    assert result["full"]["classes_present"] == 9
+
+
+def test_no_image_can_be_held_out(
+    fail: Fail, model: Path, rows: Digits, write_set: WriteSet, tmp_path: Path
+) -> None:
+    few = [row for label in range(10) for row in [r for r in rows if r[1] == label][:4]]
+    path = write_set(tmp_path / "set", {"train": few, "test": rows[300:400]})
+    line = fail("sweep", model, path, "--shots", "2", "--seeds", 1)
+    assert "give a validation split with --val-split" in line
+
+
+def test_features_that_are_not_finite(
+    fail: Fail, model: Path, digits: Path, tmp_path: Path
+) -> None:
+    broken = load_model(model)
+    with torch.no_grad():
+        broken.model.visual.proj.fill_(float("nan"))
+    save_model(tmp_path / "broken", broken.model, broken.preprocess)
+    line = fail("sweep", tmp_path / "broken", digits, "--shots", "1")
+    assert "are not finite" in line
+
+
+def test_several_labels_an_image(fail: Fail, model: Path, properties: Path) -> None:
+    assert "multi-label" in fail("sweep", model, properties)

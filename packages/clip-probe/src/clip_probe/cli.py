@@ -158,10 +158,35 @@ def evaluate(
     help="Few-shot draws at each number of shots.",
 )
 @click.option(
+    "--solver",
+    type=click.Choice(["lbfgs", "sklearn", "adam"]),
+    default="lbfgs",
+    show_default=True,
+    help="lbfgs and sklearn reach the same optimum, the first all fits at once; adam trains a grid "
+    "of learning rates, epochs and weight decays, batch 256.",
+)
+@click.option(
+    "--start",
+    type=click.Choice(["random", "zero-shot"]),
+    default="random",
+    show_default=True,
+    help="Where adam starts: a random layer or the zero-shot head.",
+)
+@click.option(
+    "--paper",
+    is_flag=True,
+    help="The paper's protocol: adam without weight decay, learning rates 0.1, 0.01, 0.001 by 10, "
+    "20, 40 epochs, the best chosen on the TEST split; the result says so.",
+)
+@click.option(
     "--save-head", metavar="NAME", help="Save the full-data probe as a head of MODEL of this name."
 )
 @click.option(
-    "--output", type=FOLDER, metavar="DIR", help="Write DIR/sweep.json and DIR/shots.png."
+    "--output",
+    type=FOLDER,
+    metavar="DIR",
+    help="Write the result, its table, accuracy by shots and a map of the grid to DIR; an "
+    "interrupted sweep continues there.",
 )
 @encoding_options
 def sweep(model: Path, dataset: Path, save_head: str | None, device: str, **options: Any) -> None:
@@ -171,7 +196,7 @@ def sweep(model: Path, dataset: Path, save_head: str | None, device: str, **opti
     L2-normalised features, for a grid of C from 0.01 to 1e6. C is chosen on the validation split;
     without one, on a fifth of the training images (full data) or by cross-validation within the
     images drawn (few shots; C = 1 for one shot). The full-data probe is then fitted again on
-    training and validation images together. The test split chooses nothing.
+    training and validation images together. The test split chooses nothing, but with --paper.
     """
     from clip_probe.sweep import sweep
 

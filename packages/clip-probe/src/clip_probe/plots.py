@@ -1,10 +1,13 @@
-"""Accuracy versus shots."""
+"""Pictures of a sweep: accuracy versus shots, accuracy of every setting."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+
+from clip_probe.sweep_table import judged_rows, label
 
 
 def plot_shots(result: dict[str, Any], path: Path) -> None:
@@ -41,10 +44,43 @@ def plot_shots(result: dict[str, Any], path: Path) -> None:
     axes.set(
         xlabel="training images per class",
         ylabel="test accuracy",
-        title=f"{Path(result['dataset']).name}, {result['feature']} features",
+        title=f"{Path(result['dataset']).name}, {result['feature']} features"
+        + (", best settings chosen on test" if "test_acc1" in full else ""),
     )
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150, format="png")
+
+
+def plot_grid(result: dict[str, Any], path: Path) -> None:
+    """A heat map: a row for each number of shots, a column for each setting; the best is bold."""
+    rows = judged_rows(result)
+    names, accuracy = [label(setting) for setting in result["grid"]], np.array([*rows.values()])
+    figure = Figure(figsize=(2 + 0.42 * len(names), 2.2 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    # each row on its own scale: the shots differ more than the settings
+    low, high = accuracy.min(1, keepdims=True), accuracy.max(1, keepdims=True)
+    axes.imshow((accuracy - low) / np.maximum(high - low, 1e-9), aspect="auto", cmap="viridis")
+    for y, line in enumerate(accuracy):
+        for x, value in enumerate(line):
+            best = x == line.argmax()
+            axes.text(
+                x,
+                y,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                fontsize="x-small",
+                weight="bold" if best else "normal",
+                color="white" if value < (low[y, 0] + high[y, 0]) / 2 else "black",
+            )
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="small")
+    axes.set_yticks(range(len(rows)), [*rows])
+    judge = "test" if "test_acc1" in result["full"] else "validation"
+    axes.set(
+        ylabel="images per class",
+        title=f"{judge} accuracy in %, {Path(result['dataset']).name}; colours within a row",
+    )
     figure.savefig(path, dpi=150, format="png")

@@ -1,31 +1,33 @@
 """The sweep of a labelled set: encode once, probe at every number of shots, test, write down."""
 
-import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from clip_models import Head, LoadedModel, build_head, list_heads, read_templates, save_head
 from torch import Tensor
+from tqdm import tqdm
 
 from clip_probe.datasets import Split, open_split
+from clip_probe.draws import Rows, Task, few_shot_draw, few_shot_task, full_task
 from clip_probe.errors import ProbeError
 from clip_probe.extract import Feature
 from clip_probe.features import EncodeOptions, encode
 from clip_probe.metrics import Scores, best_classes, score
-from clip_probe.plots import plot_shots
-from clip_probe.probes import GRID, ONE_SHOT_C, Probe, Rows, few_shot_probe, full_probe
+from clip_probe.probes import Method, Probe, Solver, find_probes, method_of
+from clip_probe.sweep_files import SweepFiles
 
-CHOICE_BY_VAL = "accuracy on the val split; the full probe is refitted on train and val"
-CHOICE_WITHOUT_VAL = (
-    "full: accuracy on a stratified fifth of train, then refitted on all of train; "
-    f"few-shot: cross-validation within the draw, C = {ONE_SHOT_C:g} for one shot"
+Start = Literal["random", "zero-shot"]
+PAPER = "the paper's (2212.07143, section 4.3): Adam, batch 256, the best of the grid on TEST"
+BY_VAL = "accuracy on the val split; the full probe is refitted on train and val"
+WITHOUT_VAL = (
+    "full: accuracy on a stratified fifth of train, then refitted on all of train; few-shot: "
+    "cross-validation within the draw, for one shot the fixed setting that is reported"
 )
 
 logger = logging.getLogger(__name__)
@@ -41,41 +43,61 @@ def sweep(
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     feature: Feature = "post",
     seeds: int = 3,
+    solver: Solver = "lbfgs",
+    start: Start = "random",
+    paper: bool = False,
     head_name: str | None = None,
     output: Path | None = None,
     **options: Unpack[EncodeOptions],
 ) -> dict[str, Any]:
     """Fit and test linear probes; return the results, and write them to `output` if given.
 
-    `output` receives sweep.json and shots.png; where it holds this very sweep already, that is
-    returned. `head_name` saves the full-data probe in the model directory.
+    `output` receives what `SweepFiles` lists; where it holds this very sweep already, that is
+    returned, and where it holds its beginning, it continues. `head_name` saves the full-data probe
+    in the model directory. `paper` is the paper's protocol: its grid with the adam solver, and
+    the best setting chosen on the test split.
 
     Raises:
-        ProbeError: a class has fewer images than shots, the head cannot be saved, `output` holds
-            another sweep; as `open_split`, `encode` and `full_probe`.
+        ProbeError: options that contradict each other, a class with fewer images than shots, the
+            head cannot be saved, `output` holds another sweep; as `open_split`, `encode` and
+            `full_task`.
     """
+    solver = "adam" if paper else solver
+    _check_options(solver, start, paper, val_split, feature, head_name)
     names = {"train": train_split, "val": val_split, "test": test_split}
     splits = {role: open_split(dataset, name) for role, name in names.items() if name}
     train, test, classes = splits["train"], splits["test"], len(splits["train"].class_names)
     _check_shots(train, torch.tensor(train.labels), shots)
+    method = method_of(solver, paper=paper)
     settings: dict[str, Any] = {
         "fingerprint": model.fingerprint,
         "preprocess": model.preprocess.hash,
         "splits": names,
         "digests": {role: split.digest for role, split in splits.items()},
         "feature": feature,
+        "precision": options.get("precision", "fp32"),
         "shots": list(shots),
         "seeds": seeds,
-        "grid": list(GRID),
-        "choice_of_c": CHOICE_BY_VAL if val_split else CHOICE_WITHOUT_VAL,
+        "solver": solver,
+        "start": start,
+        "grid": [method.describe(setting) for setting in method.settings],
+        "choice": PAPER if paper else BY_VAL if val_split else WITHOUT_VAL,
     }
-    earlier = _earlier(output, settings)
+    files = SweepFiles(output, settings) if output else None
+    earlier = files.finished() if files else None
     if earlier and (head_name is None or head_name in list_heads(model.path)):
         logger.info("nothing left to do: %s holds this sweep", output)
         return earlier
-    _check_head(model, head_name, feature)
+    if head_name in list_heads(model.path):
+        raise ProbeError(
+            f"{model.path} has a head {head_name!r} already: give --save-head another name"
+        )
 
     zero_shot = _zero_shot_head(model, test)
+    if start == "zero-shot":
+        if zero_shot is None:
+            raise ProbeError(f"--start zero-shot: {test.path} has no templates to make a head of")
+        method = method_of(solver, paper=paper, start=(zero_shot.weight, zero_shot.bias))
     encoded = {
         role: encode(
             model,
@@ -86,19 +108,23 @@ def sweep(
         for role, split in splits.items()
     }
     rows = {role: Rows(F.normalize(e.features[feature]), e.labels) for role, e in encoded.items()}
-    train_rows, val_rows = rows["train"], rows.get("val")
-    _check_shots(train, train_rows.labels, shots)  # again: some images may be corrupt
-    absent = sorted(set(range(classes)) - set(train_rows.labels.tolist()))
-    if absent:
-        logger.warning("%d classes have no image in split %r", len(absent), train_split)
+    _check_shots(train, rows["train"].labels, shots)  # again: some images may be corrupt
+    absent = _absent_classes(splits, rows)
 
     def tested(logits: Callable[[Tensor], Tensor], kind: Feature = feature) -> Scores:
         best = best_classes(logits, encoded["test"].features[kind])
         return score(best, encoded["test"].labels, classes)
 
-    few_shot: list[dict[str, Any]] = []
-    for k in shots:
-        probes = [few_shot_probe(train_rows, val_rows, classes, k, seed) for seed in range(seeds)]
+    def choice(probe: Probe) -> dict[str, Any]:
+        return _choice(probe, method, "test_acc1" if paper else "val_acc1")
+
+    few_shot = files.rows() if files else []
+    bar = tqdm([*shots, 0][len(few_shot) :], desc="probes", unit="point", disable=None)
+    for k in bar:
+        if k == 0:
+            break  # the full data, below
+        tasks = [_task(rows, k, seed, paper) for seed in range(seeds)]
+        probes = find_probes(tasks, classes, method)
         accuracies = [tested(probe.logits).acc1 for probe in probes]
         few_shot.append(
             {
@@ -106,12 +132,15 @@ def sweep(
                 "acc1_mean": float(np.mean(accuracies)),
                 "acc1_std": float(np.std(accuracies, ddof=1)) if seeds > 1 else None,
                 "draws": [
-                    {"seed": seed, "acc1": acc1, **_choice(probe)}
+                    {"seed": seed, "acc1": acc1, **choice(probe)}
                     for seed, (probe, acc1) in enumerate(zip(probes, accuracies, strict=True))
                 ],
             }
         )
-    full = full_probe(train_rows, val_rows, classes)
+        if files:
+            files.keep(few_shot)
+    (full,) = find_probes([_task(rows, None, 0, paper)], classes, method)
+    bar.close()
     scores = tested(full.logits)
     result = {
         "task": "sweep",
@@ -121,29 +150,73 @@ def sweep(
         "samples": {role: len(e.labels) for role, e in encoded.items()},
         "failed": {role: e.failed for role, e in encoded.items()},
         "classes": classes,
-        "classes_absent_from_train": [train.class_names[label] for label in absent],
+        "classes_absent": absent,
         "majority_class_share": scores.majority_class_share,
         "zero_shot": asdict(tested(zero_shot.logits, "post")) if zero_shot else None,
         "few_shot": few_shot,
-        "full": {**asdict(scores), **_choice(full)},
+        "full": {**asdict(scores), **choice(full)},
         "head": head_name,
     }
-    if output:
-        _write(output, result)
+    if files:
+        files.finish(result)
     if head_name and feature != "pixels":  # last, so that a sweep killed before is run again
         head = Head(full.weight, full.bias, train.class_names, "probe", feature, model.fingerprint)
         save_head(model.path, head_name, head)
     return result
 
 
-def _choice(probe: Probe) -> dict[str, Any]:
-    """How C was chosen. At an end of the grid a better C may lie beyond it."""
+def _task(rows: dict[str, Rows], shots: int | None, seed: int, paper: bool) -> Task:
+    train, val = rows["train"], rows.get("val")
+    if paper:
+        draw = train.pick(few_shot_draw(train.labels, shots, seed).flatten()) if shots else train
+        return Task([(draw, rows["test"])], draw)
+    return few_shot_task(train, val, shots, seed) if shots else full_task(train, val)
+
+
+def _choice(probe: Probe, method: Method, judged_by: str) -> dict[str, Any]:
+    """How the setting was chosen. At an end of a grid of C a better C may lie beyond it."""
+    c, ends = probe.setting, (method.settings[0], method.settings[-1])
+    at_end = {"c_at_grid_end": c in ends} if isinstance(c, float) else {}
     return {
         "train_samples": probe.train_samples,
-        "c": probe.c,
-        "c_at_grid_end": probe.c in (GRID[0], GRID[-1]),
-        "val_acc1": probe.val_acc1,
+        **method.describe(probe.setting),
+        **at_end,
+        judged_by: probe.judged,
     }
+
+
+def _absent_classes(splits: dict[str, Split], rows: dict[str, Rows]) -> dict[str, list[str]]:
+    """Classes without a usable image, for each split that lacks any.
+
+    Absent from train, a class is never predicted; from val or test, it judges nothing.
+    """
+    found: dict[str, list[str]] = {}
+    for role, split in splits.items():
+        present = set(rows[role].labels.tolist())
+        lacking = [name for label, name in enumerate(split.class_names) if label not in present]
+        if lacking:
+            found[role] = lacking
+            logger.warning("%d classes have no image in split %r", len(lacking), split.name)
+    return found
+
+
+def _check_options(
+    solver: Solver,
+    start: Start,
+    paper: bool,
+    val_split: str | None,
+    feature: Feature,
+    head_name: str | None,
+) -> None:
+    if paper and val_split:
+        raise ProbeError("--paper chooses on the test split: leave --val-split out")
+    if start == "zero-shot" and (solver != "adam" or feature != "post"):
+        raise ProbeError(
+            "--start zero-shot takes --solver adam or --paper, and post features: the optimum of "
+            "the other solvers depends on no start, and zero-shot heads read embeddings"
+        )
+    if head_name and feature == "pixels":
+        raise ProbeError("a probe on pixels is no head of a model: leave --save-head out")
 
 
 def _check_shots(train: Split, labels_N: Tensor, shots: Sequence[int]) -> None:
@@ -159,38 +232,8 @@ def _check_shots(train: Split, labels_N: Tensor, shots: Sequence[int]) -> None:
         )
 
 
-def _check_head(model: LoadedModel, name: str | None, feature: Feature) -> None:
-    if name and feature == "pixels":
-        raise ProbeError("a probe on pixels is no head of a model: leave --save-head out")
-    if name in list_heads(model.path):
-        raise ProbeError(f"{model.path} has a head {name!r} already: give --save-head another name")
-
-
 def _zero_shot_head(model: LoadedModel, data: Split) -> Head | None:
     """The head to compare probes with; None where the set has no templates."""
     if not (data.path / "zeroshot_classification_templates.txt").is_file():
         return None
     return build_head(model, data.class_names, read_templates(data.path), allow_duplicates=True)
-
-
-def _earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The results that `output` holds, if they are of these settings."""
-    if output is None or not (output / "sweep.json").is_file():
-        return None
-    result: dict[str, Any] = json.loads((output / "sweep.json").read_text())
-    if differ := [key for key, value in settings.items() if result.get(key) != value]:
-        raise ProbeError(
-            f"{output}/sweep.json holds another sweep (it differs in {', '.join(differ)}): "
-            "choose another --output or remove it"
-        )
-    return result
-
-
-def _write(output: Path, result: dict[str, Any]) -> None:
-    """shots.png, then sweep.json, each whole or not at all."""
-    output.mkdir(parents=True, exist_ok=True)
-    plot, text = output / f".shots.{os.getpid()}.png", output / f".sweep.{os.getpid()}.json"
-    plot_shots(result, plot)
-    text.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(plot, output / "shots.png")
-    os.replace(text, output / "sweep.json")
