@@ -37,6 +37,10 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     [
         ["zeroshot", "model"],
         ["eval", "model", "set"],
+        ["zeroshot", "model", "set", "--precision", "fp16"],
+        ["suite", "suite.toml"],
+        ["compare", "one"],
+        ["robustness", "results.jsonl"],
         ["sweep", "model", "set", "--shots", "1,0"],
         ["sweep", "model", "set", "--shots", "few"],
         ["sweep", "model", "set", "--seeds", "0"],
