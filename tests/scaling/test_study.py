@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from clip_train.cli import main as clip_train
 from errors import ScalingError
 from PIL import Image
 from points import read_points
-from study_cells import WAYS, cell_steps, dry_runs
+from study_cells import WAYS, Step, cell_steps, dry_runs, fittable
 from study_grid import Cell, affordable, product_cells, read_grid
 from study_run import Runner, times
 from torch.utils.flop_counter import FlopCounterMode
@@ -216,6 +217,38 @@ def test_one_study_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+class Pretended(Runner):
+    """Commands that take ten seconds each, and 2 ms a sample; stops before the runs proper."""
+
+    def run(self, tasks: Sequence[Sequence[Step]], what: str = "") -> None:
+        if what == "run":
+            raise KeyboardInterrupt
+        for file in (file for task in tasks for file, _ in task):
+            write(self.out / file, [{}])
+            home = (self.out / file).parent
+            write(home / "run" / "metrics.jsonl", [{"samples_per_second": 500.0}] * 10)
+            with (home / "times.jsonl").open("a") as took:
+                took.write(json.dumps({"step": Path(file).name, "seconds": 10}) + "\n")
+
+
+def test_the_scale_is_settled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling_study, "Runner", Pretended)
+    assert study(tmp_path, "--jobs", 2).exit_code == 3
+    settled = (tmp_path / "study.json").read_text()
+    record = json.loads(settled)
+    # 27 runs of six commands; ten steps of 128 samples of each first command are training
+    rest, training = 27 * (6 * 10 - 2.56), 27 * 0.002 * (5120 + 20480 + 81920) / 3
+    expected = (25 * 60 * 2 * scaling_study.SLACK - rest) / training
+    assert record["scale"] == pytest.approx(expected, abs=0.01)
+    assert record["cells"][-1]["samples_seen"] == pytest.approx(record["scale"] * 81920, abs=64)
+    assert not list(tmp_path.glob("cells/timing-*"))
+    assert study(tmp_path, "--minutes", 50).exit_code == 3
+    assert (tmp_path / "study.json").read_text() == settled
+    result = study(tmp_path / "other", "--minutes", 10, "--jobs", 2)
+    assert result.exit_code == 1
+    assert "give more --minutes" in result.stderr
+
+
 # The report, from made-up results ---------------------------------------------------------------
 
 
@@ -299,6 +332,16 @@ def test_points_fits_and_report(finished: Path, caplog: pytest.LogCaptureFixture
         result = study(finished, *arguments)
         assert result.exit_code == 1
         assert message in result.stderr
+
+
+def test_what_no_law_can_be_fitted_to_is_left_out() -> None:
+    header = (
+        "run,model,group,data,data_size,samples_seen,gmacs,task,dataset,metric,value,n_eval,seed\n"
+    )
+    good = "".join(f"{i},m,g,d,7,{i}e3,1.0,few,set,acc1,0.5,9,0\n" for i in (1, 2, 3))
+    perfect = "4,m,g,d,7,4e3,1.0,few,set,acc1,1.0,9,0\n"
+    two = "".join(f"{i},m,g,d,7,{i}e3,1.0,other,set,acc1,0.5,9,0\n" for i in (1, 2))
+    assert fittable(header + good + perfect + two) == header + good
 
 
 # The cluster ------------------------------------------------------------------------------------
