@@ -34,8 +34,8 @@ def measure_curve(base: Path, finetuned: Path, out: Path, config: CurveConfig) -
 
     Returns:
         What curve.json holds: the models, sets and arguments; `points`, one per alpha, each with
-        `test` and `validation` (`choice.Scores.point`); `chosen`, a point; and `gains`, where
-        there is OOD: on `split`, the chosen point's mean of ID and OOD less that of either end.
+        `test` and `validation` (`choice.Scores.point`) and, where there is OOD, `gains`: on
+        `split`, its mean of ID and OOD less that of either end; `chosen`, a point.
 
     Raises:
         FinetuneError: models of different configuration or text tower, a set given twice, a set
@@ -92,20 +92,20 @@ def measure_curve(base: Path, finetuned: Path, out: Path, config: CurveConfig) -
         {"alpha": alpha, **{key: scores[key].point(number) for key in scores}}
         for number, alpha in enumerate(alphas)
     ]
-    chosen = choose(points, config)
+    if tested["ood"]:
+        for number, point in enumerate(points):
+            point["gains"] = {
+                f"over alpha {end}": scores["test"].gain(number, alphas.index(end))
+                for end in (0, 1)
+            }
     result: dict[str, Any] = {
         "tool": f"clip-finetune {version('clip-finetune')}",
         **run,
         "corrupt": {f"{s.name}/{s.split}": n for s, n in zip(sets, corrupt, strict=True)},
         "heads": {name: heads[-1].kind for name, heads in head_of.items()},
         "points": points,
-        "chosen": chosen,
+        "chosen": choose(points, config),
     }
-    if tested["ood"]:
-        number = alphas.index(chosen["alpha"])
-        result["gains"] = {
-            f"over alpha {end}": scores["test"].gain(number, alphas.index(end)) for end in (0, 1)
-        }
     _write(out, result)
     return result
 

@@ -35,7 +35,8 @@ def plot_curve(result: dict[str, Any], file: Path) -> None:
         style = "--" if kind == "control" else "-"
         axes.plot(x, each, style, color=_FAINT, linewidth=1, zorder=1)
         axes.annotate(name, (x[-1], each[-1]), (8, 0), fontsize=7, color="#5f7893",
-                      textcoords="offset points", va="center")  # fmt: skip
+                      textcoords="offset points", va="center", zorder=5,
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
     axes.plot(x, y, "o-", color=_INK, markersize=4, label="interpolated", zorder=2)
     rows = {point["alpha"]: row for row, point in enumerate(points)}
     for alpha, mark, size, what in ((0, "*", 15, "zero-shot"), (1, "D", 9, "fine-tuned")):
@@ -56,7 +57,7 @@ def plot_curve(result: dict[str, Any], file: Path) -> None:
 def _chosen(result: dict[str, Any]) -> str:
     """The chosen alpha, and what it gains on both ends on the mean of ID and OOD."""
     text = f"chosen: alpha {result['chosen']['alpha']:g} ({result['rule']})"
-    for end, gain in result.get("gains", {}).items():
+    for end, gain in result["chosen"].get("gains", {}).items():
         points, low, high = (100 * gain[key] for key in ("gain", "low", "high"))
         text += f"\n  mean of both {points:+.1f} points ({low:+.1f} to {high:+.1f}) {end}"
     return text
