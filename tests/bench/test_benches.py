@@ -18,6 +18,7 @@ SMALL = {
     # large enough to show in the memory of a process
     "loss": ["--rows", "3072", "--large-rows", "0", "--sigmoid-rows", "3072", "--width", "256"],
     "preprocess": ["--images", "4", "--repeat", "1", "--batch-size", "4"],
+    "probe_grid": ["--rows", "200", "--width", "16", "--classes", "5", "--points", "2"],
     "train_loop": ["--architecture", "XS", "--batch-size", "4", "--steps", "1"],
     "train_overhead": ["--architecture", "XS", "--batch-size", "4", "--steps", "1"],
     "train_step": ["--architecture", "XS", "--batch-size", "4", "--steps", "1"],
