@@ -36,7 +36,7 @@ def plot_curve(result: dict[str, Any], file: Path) -> None:
         axes.plot(x, each, style, color=_FAINT, linewidth=1, zorder=1)
         axes.annotate(name, (x[-1], each[-1]), (8, 0), fontsize=7, color="#5f7893",
                       textcoords="offset points", va="center", zorder=5,
-                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
+                      bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
     axes.plot(x, y, "o-", color=_INK, markersize=4, label="interpolated", zorder=2)
     rows = {point["alpha"]: row for row, point in enumerate(points)}
     for alpha, mark, size, what in ((0, "*", 15, "zero-shot"), (1, "D", 9, "fine-tuned")):
