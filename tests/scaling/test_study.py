@@ -64,6 +64,7 @@ workers = 0
 [probe]
 sets = ["sets/twemoji"]
 shots = [2]
+seeds = 1
 val-split = "val"
 workers = 0
 [fine-tune]
