@@ -55,6 +55,7 @@ def test_sweep_saves_a_head_that_eval_confirms(
     assert Image.open(out / "shots.png").format == "PNG"
     assert sorted(file.name for file in out.iterdir()) == [
         "grid.png",
+        "predictions.parquet",
         "shots.png",
         "sweep.json",
         "sweep.md",

@@ -19,6 +19,7 @@ from clip_probe.errors import ProbeError
 from clip_probe.extract import Feature
 from clip_probe.features import EncodeOptions, encode
 from clip_probe.metrics import Scores, best_classes, score
+from clip_probe.predictions import predict, write_predictions
 from clip_probe.probes import Method, Probe, Solver, find_probes, method_of
 from clip_probe.sweep_files import SweepFiles
 
@@ -158,6 +159,8 @@ def sweep(
         "head": head_name,
     }
     if files:
+        said = predict(full.logits, encoded["test"].features[feature])
+        write_predictions(files.predictions, test, encoded["test"], said)
         files.finish(result)
     if head_name and feature != "pixels":  # last, so that a sweep killed before is run again
         head = Head(full.weight, full.bias, train.class_names, "probe", feature, model.fingerprint)

@@ -1,10 +1,11 @@
 """What a sweep leaves in its folder, and how it continues there.
 
-sweep.json     the result
-sweep.md       its table
-shots.png      accuracy versus shots
-grid.png       accuracy of every setting, where something judged them
-partial.json   the shots done so far, of a sweep that was interrupted
+sweep.json           the result
+sweep.md             its table
+shots.png            accuracy versus shots
+grid.png             accuracy of every setting, where something judged them
+predictions.parquet  what the full-data probe says of each test image
+partial.json         the shots done so far, of a sweep that was interrupted
 """
 
 import json
@@ -23,6 +24,7 @@ class SweepFiles:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self.settings = settings
+        self.predictions = folder / "predictions.parquet"
 
     def finished(self) -> dict[str, Any] | None:
         """The result, where it is there.
