@@ -15,6 +15,7 @@ SMALL = {
     "build_shards": ["--images", "20", "--mode", "resize"],
     "finetune_curve": ["--images", "10", "--sets", "2", "--width", "64", "--workers", "0"],
     "finetune_step": ["--architecture", "XS", "--batch-size", "4", "--classes", "5"],
+    "index_autofaiss": ["--rows", "3000", "--dim", "64", "--queries", "50", "--threads", "1"],
     # large enough to show in the memory of a process
     "loss": ["--rows", "3072", "--large-rows", "0", "--sigmoid-rows", "3072", "--width", "256"],
     "preprocess": ["--images", "4", "--repeat", "1", "--batch-size", "4"],

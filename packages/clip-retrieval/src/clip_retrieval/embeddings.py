@@ -129,8 +129,9 @@ class Embeddings:
                     f"{self._files['text_emb'][number]}: {len(texts_ND)} rows beside {count} "
                     "pictures; embed them again"
                 )
-            captions = table["caption"].is_valid().to_numpy() if has_text else np.zeros(count, bool)
-            text_rows = np.flatnonzero(captions)
+            # ours stand beside rows without a caption as well, clip-retrieval's are all captions
+            said = table["caption"].is_valid().to_numpy() if self.facts else np.ones(count, bool)
+            text_rows = np.flatnonzero(said) if has_text else np.zeros(0, np.int64)
             yield Chunk(rows_ND, table, texts_ND[text_rows], text_rows)
 
     def _part(self, kind: str, number: int) -> Float16:

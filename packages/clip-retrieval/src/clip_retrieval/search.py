@@ -61,6 +61,8 @@ class Index:
         facts: index.json.
         rows: the float16 rows.
         metadata: what is known of each.
+        searcher: the FAISS index over the rows, searched as wide as
+        knob: says.
 
     Raises:
         RetrievalError: no index is there, or its files are truncated or do not agree.
@@ -92,8 +94,8 @@ class Index:
             )
         if pick_device(device).type == "cuda":
             index = faiss_index.to_gpu(index, self.facts["plan"]["family"])
-        self._searcher = faiss_index.Searcher(index, self.rows)
-        self._knob = faiss_index.Knob(**self.facts["search"])
+        self.searcher = faiss_index.Searcher(index, self.rows)
+        self.knob = faiss_index.Knob(**self.facts["search"])
 
     def __len__(self) -> int:
         return self.facts["images"]
@@ -179,9 +181,9 @@ class Index:
         if among is not None and not len(among):
             return [[] for _ in queries_QD]
         if among is None:
-            rows_QK, scores_QK = self._searcher.search(queries_QD, k, self._knob)
+            rows_QK, scores_QK = self.searcher.search(queries_QD, k, self.knob)
         else:
-            rows_QK, scores_QK = self._searcher.search_among(queries_QD, k, among)
+            rows_QK, scores_QK = self.searcher.search_among(queries_QD, k, among)
         keep_QK = (rows_QK >= 0) & (scores_QK >= (-np.inf if threshold is None else threshold))
         scores_QK = np.round(scores_QK.astype(np.float64), 6)
         return [
