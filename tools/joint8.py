@@ -189,7 +189,7 @@ def in_points(share: float) -> float:
 @click.command(help=__doc__)
 @click.argument("quickstart", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--iterations", default=600, show_default=True, help="Of training.")
+@click.option("--iterations", default=1200, show_default=True, help="Of training.")
 @click.option("--batch-size", default=64, show_default=True, help="Images a step.")
 @click.option("--lr", default=3e-4, show_default=True, help="Peak rate; the model is a small one.")
 @click.option("--seed", default=0, show_default=True, help="Of training.")
