@@ -239,7 +239,9 @@ def _gap(state: _State, live_L: Tensor) -> Tensor:
 
 def _dot(a_PCK: Tensor, b_PCK: Tensor) -> Tensor:
     """The inner product of each problem: [P] float64."""
-    return (a_PCK.flatten(1)[:, None] @ b_PCK.flatten(1)[:, :, None]).double().flatten()
+    pairs = zip(a_PCK.flatten(1), b_PCK.flatten(1), strict=True)
+    # one by one: a batched product of vectors takes several times as long
+    return torch.tensor([a.dot(b).item() for a, b in pairs], dtype=torch.float64)
 
 
 def _two_loop(state: _State, live_L: Tensor, grad_LCK: Tensor, inverse_LCK: Tensor) -> Tensor:
