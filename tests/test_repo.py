@@ -22,7 +22,7 @@ try:
     main(["--help"])
 except SystemExit as stop:
     assert stop.code == 0
-heavy = {{"torch", "numpy", "pyarrow", "faiss", "matplotlib", "sklearn", "PIL", "timm"}}
+heavy = {{"torch", "numpy", "pyarrow", "faiss", "matplotlib", "sklearn", "PIL", "timm", "starlette"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -60,7 +60,7 @@ def test_dependencies_between_packages() -> None:
 
 def test_source_stays_small() -> None:
     files = list(ROOT.glob("packages/*/src/*/*.py"))
-    assert sum(lines_of_code(file.read_text()) for file in files) < 14_000
+    assert sum(lines_of_code(file.read_text()) for file in files) < 19_000
     lengths = {str(file): len(file.read_text().splitlines()) for file in files}
     assert {name: n for name, n in lengths.items() if n > 300} == {}
 

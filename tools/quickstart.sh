@@ -10,7 +10,7 @@ set -euo pipefail
 tools=$(cd "$(dirname "$0")" && pwd)
 cd "$tools/.." # `accelerate launch clip-train` is written for the repository root
 out=${1:-quickstart}
-samples=100000 iterations=100                                    # pairs to train on, fine-tuning steps
+samples=100000 iterations=300                                    # pairs to train on, fine-tuning steps
 [ -z "${QUICKSTART_SHORT:-}" ] || { samples=6400 iterations=10; } # for the tests
 mkdir -p "$out"
 ran=0
@@ -74,9 +74,9 @@ step probe.jsonl clip-probe eval "$model" "$out"/sets/{twemoji,openmoji,noto} --
 
 # 6. Fine-tune the image tower against the frozen zero-shot head, then interpolate
 step log/finetune.json clip-finetune train "$model" "$out/tuned" --task "$out/sets/twemoji" \
-    --iterations "$iterations" --warmup 5 --batch-size 64 --lr 1e-4 --workers 1
+    --iterations "$iterations" --warmup $((iterations / 15)) --batch-size 64 --lr 3e-4 --workers 1
 step log/curve.json clip-finetune curve "$model" "$out/tuned" "$out/curve" --id "$out/sets/twemoji" \
-    --ood "$out/sets/openmoji" --ood "$out/sets/noto"
+    --ood "$out/sets/openmoji" --ood "$out/sets/noto" --rule fixed
 step log/interpolate.json clip-finetune interpolate "$model" "$out/tuned" "$out/interpolated" --alpha 0.5
 
 # 7. The table and the page
