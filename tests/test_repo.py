@@ -22,7 +22,7 @@ try:
     main(["--help"])
 except SystemExit as stop:
     assert stop.code == 0
-heavy = {{"torch", "numpy", "pyarrow", "faiss", "matplotlib", "sklearn", "PIL", "timm", "starlette"}}
+heavy = {{"torch", "numpy", "pyarrow", "faiss", "matplotlib", "sklearn", "PIL", "timm"}}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
