@@ -97,9 +97,13 @@ class Embeddings:
     @property
     def failed(self) -> int:
         """Pictures that could not be read when they were embedded."""
-        files = self._files["metadata"].values()
-        found = (pq.read_schema(file).metadata or {} for file in files)
-        return sum(int(metadata.get(b"failed", 0)) for metadata in found)
+        found = 0
+        for file in self._files["metadata"].values():
+            try:
+                found += int((pq.read_schema(file).metadata or {}).get(b"failed", 0))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise RetrievalError(f"{file} cannot be read ({error}); make it again") from error
+        return found
 
     def parts(self) -> list[dict[str, Any]]:
         """What tells each part from parts of other sources, and its rows."""
