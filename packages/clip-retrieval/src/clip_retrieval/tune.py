@@ -16,7 +16,7 @@ from clip_retrieval.vectors import Float32, Int64, Rows, exact_search
 
 log = logging.getLogger(__name__)
 
-_MARGIN = 0.005  # tuned this far above the target, on queries that are not the ones reported
+_MARGIN = 0.01  # tuned this far above the target, on queries that are not the ones reported
 # nanoseconds on one core of 2026, to compare more lists with more candidates
 _NS_PER_CODE = {"ivf-pq": 18.0, "rabitq": 77.0}
 _NS_PER_CANDIDATE = 700.0
