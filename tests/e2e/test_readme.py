@@ -48,15 +48,30 @@ def test_commands_run(finished: tuple[Path, str], tmp_path: Path) -> None:
     for command, shown in commands():
         uv, run, *words = shlex.split(command)
         assert (uv, run) == ("uv", "run"), command  # the tests are in that environment already
-        result = subprocess.run(
-            words,
-            cwd=tmp_path,
-            env=environment() | {"OMP_NUM_THREADS": str(os.cpu_count())},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        stdout = run_command(words, tmp_path)
         for line in shown.splitlines():
             if line.startswith("{"):  # the keys shown are those printed; figures differ
-                printed = [json.loads(row) for row in result.stdout.splitlines() if row[:1] == "{"]
+                printed = [json.loads(row) for row in stdout.splitlines() if row[:1] == "{"]
                 assert any(json.loads(line).keys() <= row.keys() for row in printed), command
+
+
+def run_command(words: list[str], folder: Path) -> str:
+    """What a command prints; a server is told to end when it has said where it is."""
+    threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+    log = folder / "stderr"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            env=environment() | threads,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        assert process.stdout
+        first = process.stdout.readline()
+        if "serve" in words:
+            process.terminate()
+        rest = process.communicate()[0]
+    assert process.returncode == 0, f"{words}\n{log.read_text()}"
+    return first + rest

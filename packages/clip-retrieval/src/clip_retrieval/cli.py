@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,10 +10,16 @@ import click
 from click.core import ParameterSource
 from clip_models import ModelError
 
+from clip_retrieval.cli_options import (
+    DIRECTORY,
+    batch_size_option,
+    device_option,
+    parse_size_option,
+    workers_option,
+)
+from clip_retrieval.cli_search import eval_command, query, serve
 from clip_retrieval.errors import RetrievalError
-from clip_retrieval.plan import FAMILIES, parse_size
-
-_DIRECTORY = click.Path(path_type=Path)
+from clip_retrieval.plan import FAMILIES
 
 
 class _Tool(click.Group):
@@ -27,39 +32,6 @@ class _Tool(click.Group):
             raise
         except (RetrievalError, ModelError, OSError) as error:
             raise click.ClickException(str(error)) from error
-
-
-def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    try:
-        return parse_size(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a size like 512M or 4G") from None
-
-
-def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    numbers = value.split(",")
-    if not all(n.isdecimal() and int(n) > 0 for n in numbers):
-        raise click.BadParameter(f"{value!r} is not a list of numbers from 1, like 1,5,10")
-    return tuple(int(n) for n in numbers)
-
-
-_batch_size = click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="Images encoded at a time.",
-)
-_workers = click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=min(8, os.cpu_count() or 1),
-    show_default="CPUs, at most 8",
-    help="Processes that read and decode images; 0: none beside this one.",
-)
-_device = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-)
 
 
 @click.group(cls=_Tool)
@@ -77,19 +49,16 @@ _thumbnails = click.option(
     show_default=True,
     help="Longer side, in pixels, of a small JPEG to keep of each picture; 0: none.",
 )
-_model = click.option(
-    "--model", type=_DIRECTORY, help="Model directory.  [default: the index's own]"
-)
 
 
 @main.command()
-@click.argument("model", type=_DIRECTORY)
-@click.argument("source", type=_DIRECTORY)
-@click.argument("out", type=_DIRECTORY)
+@click.argument("model", type=DIRECTORY)
+@click.argument("source", type=DIRECTORY)
+@click.argument("out", type=DIRECTORY)
 @_thumbnails
-@_batch_size
-@_workers
-@_device
+@batch_size_option
+@workers_option
+@device_option
 def embed(**arguments: Any) -> None:
     """Embed SOURCE with MODEL, into OUT.
 
@@ -105,7 +74,7 @@ def embed(**arguments: Any) -> None:
 
 
 @main.command("build-index")
-@click.argument("paths", type=_DIRECTORY, nargs=-1, required=True, metavar="[MODEL] SOURCE INDEX")
+@click.argument("paths", type=DIRECTORY, nargs=-1, required=True, metavar="[MODEL] SOURCE INDEX")
 @click.option(
     "--target-recall",
     type=click.FloatRange(0, 1, min_open=True),
@@ -115,7 +84,7 @@ def embed(**arguments: Any) -> None:
 )
 @click.option(
     "--max-memory",
-    callback=_size,
+    callback=parse_size_option,
     metavar="SIZE",
     default="4G",
     show_default=True,
@@ -132,9 +101,9 @@ def embed(**arguments: Any) -> None:
     help="Take out of INDEX, the only argument, the keys in FILE, one on a line; - is stdin.",
 )
 @_thumbnails
-@_batch_size
-@_workers
-@_device
+@batch_size_option
+@workers_option
+@device_option
 @click.pass_context
 def build_index_command(
     ctx: click.Context,
@@ -176,9 +145,9 @@ def build_index_command(
 
 
 @main.command()
-@click.argument("out", type=_DIRECTORY)
-@click.argument("indexes", type=_DIRECTORY, nargs=-1, required=True)
-@_device
+@click.argument("out", type=DIRECTORY)
+@click.argument("indexes", type=DIRECTORY, nargs=-1, required=True)
+@device_option
 def merge(**arguments: Any) -> None:
     """Build one index, OUT, of the rows of several INDEXES of the same model."""
     from clip_retrieval.change import merge as run
@@ -187,7 +156,7 @@ def merge(**arguments: Any) -> None:
 
 
 @main.command()
-@click.argument("index", type=_DIRECTORY)
+@click.argument("index", type=DIRECTORY)
 def info(index: Path) -> None:
     """What INDEX is: its model, plan, measured recall, parts and bytes."""
     from clip_retrieval.verify import describe_index
@@ -196,7 +165,7 @@ def info(index: Path) -> None:
 
 
 @main.command()
-@click.argument("index", type=_DIRECTORY)
+@click.argument("index", type=DIRECTORY)
 def verify(index: Path) -> None:
     """Whether the index, metadata and embeddings of INDEX agree; exit status 1 if not."""
     from clip_retrieval.verify import verify_index
@@ -207,193 +176,5 @@ def verify(index: Path) -> None:
         raise SystemExit(1)
 
 
-_PATHS = click.Path(path_type=Path, allow_dash=True)
-
-
-@main.command()
-@click.argument("index", type=_DIRECTORY)
-@click.option("--text", "texts", multiple=True, help="Look for this text (repeatable).")
-@click.option(
-    "--image",
-    "images",
-    multiple=True,
-    metavar="FILE",
-    help="Look for images like this file, or http:// URL on this machine; - reads one from stdin "
-    "(repeatable).",
-)
-@click.option(
-    "--embedding",
-    "embeddings",
-    multiple=True,
-    type=_PATHS,
-    help="Look for these rows: .npy, or JSON lists of numbers; - is stdin (repeatable).",
-)
-@click.option("--minus-text", "less_texts", multiple=True, help="Less of this (repeatable).")
-@click.option(
-    "--minus-image", "less_images", multiple=True, metavar="FILE", help="Less of this (repeatable)."
-)
-@click.option("--combine", is_flag=True, help="One query, the sum of all that is given.")
-@click.option(
-    "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Hits per query."
-)
-@click.option("--threshold", type=click.FloatRange(-1, 1), help="Least similarity of a hit.")
-@click.option(
-    "--where",
-    metavar="FILTER",
-    help="Only rows like this: NAME OP VALUE, several joined by `and`; NAME is a column or a name "
-    "in the json, OP one of = != < <= > >= ~ (contains).",
-)
-@click.option(
-    "--fold",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Fold hits this similar to a better one into it, 0.97 say.  [default: show all]",
-)
-@_model
-@click.option(
-    "--format",
-    "style",
-    type=click.Choice(["json", "table", "html"]),
-    default="json",
-    show_default=True,
-    help="JSON Lines, a table, or a page with the pictures in it.",
-)
-@click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: stdout]")
-@_device
-def query(
-    index: Path,
-    texts: tuple[str, ...],
-    images: tuple[str, ...],
-    embeddings: tuple[Path, ...],
-    less_texts: tuple[str, ...],
-    less_images: tuple[str, ...],
-    combine: bool,
-    style: str,
-    output: Path | None,
-    **options: Any,
-) -> None:
-    """Find the images nearest to texts, images and embeddings.
-
-    Prints one JSON line per query: texts first, then images, then embeddings, in the order given.
-    With --combine, or where something is subtracted, all of it is one query.
-    """
-    if not texts and not images and not embeddings:
-        raise click.UsageError("give at least one --text, --image or --embedding")
-    if sum(str(path) == "-" for path in (*images, *embeddings, *less_images)) > 1:
-        raise click.UsageError("stdin can be read once only")
-    from clip_retrieval.query import Query, fetch_image, minus, query_index, read_embeddings
-    from clip_retrieval.search import Index
-    from clip_retrieval.sheet import contact_sheet, table
-
-    def image(path: str) -> Query:
-        if path.startswith(("http://", "https://")):
-            return Query(image=fetch_image(path), name=path)
-        return Query(image=_read(path), name=path)
-
-    queries = [Query(text=text) for text in texts] + [image(path) for path in images]
-    for path in embeddings:
-        queries += read_embeddings(_read(str(path)), str(path))
-    less = [minus(Query(text=text)) for text in less_texts]
-    less += [minus(image(path)) for path in less_images]
-    opened = Index(index, options["device"])
-    asked = [(*queries, *less)] if combine or less else queries
-    answers = query_index(opened, asked, **options)
-    if style == "html":
-        text = contact_sheet(answers, opened.image)
-    elif style == "table":
-        text = table(answers)
-    else:
-        text = "\n".join(json.dumps(a.to_dict(), ensure_ascii=False) for a in answers)
-    if output is None:
-        click.echo(text)
-        return
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    os.replace(temporary, output)
-
-
-def _read(path: str) -> bytes:
-    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-
-
-@main.command("eval")
-@click.argument("model", type=_DIRECTORY)
-@click.argument("sets", type=_DIRECTORY, nargs=-1, required=True)
-@click.option("--split", default="test", show_default=True, help="Split of each set.")
-@click.option(
-    "--recall-k",
-    callback=_numbers,
-    metavar="K,…",
-    default="1,5,10",
-    show_default=True,
-    help="The k of Recall@k.",
-)
-@_batch_size
-@_workers
-@_device
-def eval_command(**arguments: Any) -> None:
-    """Measure zero-shot retrieval, both ways.
-
-    Prints one JSON line per SET. A SET is a directory in CLIP_benchmark's layout, one caption
-    per line in its .txt members, or a directory of training shards.
-    """
-    from clip_retrieval.evaluate import evaluate_retrieval
-
-    for result in evaluate_retrieval(**arguments):
-        click.echo(json.dumps(result))
-
-
-def _named(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, Path]:
-    """INDEX or NAME=INDEX -> {name: index}, in their order."""
-    named = dict[str, Path]()
-    for argument in value:
-        name, equals, path = argument.partition("=")
-        if not equals or Path(argument).exists():
-            name, path = Path(argument).resolve().name, argument
-        if not name or "/" in name or name in named:
-            raise click.BadParameter(f"{argument!r}: give each index a name of its own, NAME=INDEX")
-        named[name] = Path(path)
-    return named
-
-
-@main.command()
-@click.argument("indexes", nargs=-1, required=True, callback=_named, metavar="[NAME=]INDEX…")
-@_model
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address to listen at; 0.0.0.0 lets everybody in.",
-)
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=1234,
-    show_default=True,
-    help="Port to listen at; 0: any that is free.",
-)
-@click.option(
-    "--fold",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.94,
-    show_default=True,
-    help="Cosine similarity from which two hits are duplicates.",
-)
-@click.option(
-    "--max-body",
-    callback=_size,
-    metavar="SIZE",
-    default="16M",
-    show_default=True,
-    help="Largest request; a picture takes 4/3 of its size.",
-)
-@_device
-def serve(indexes: dict[str, Path], **options: Any) -> None:
-    """Search on a page, and over HTTP as clip-retrieval's clients do.
-
-    An INDEX goes by the name of its directory or by NAME. One that is appended to is taken up
-    without a restart. Prints one JSON line with the address once it is ready; SIGTERM and Ctrl-C
-    end it.
-    """
-    from clip_retrieval.serve import serve
-
-    serve(indexes, **options)
+for command in (query, serve, eval_command):
+    main.add_command(command)

@@ -203,23 +203,29 @@ class Index:
         """k matches that are no duplicates; looks further while there are too few."""
         asked = min(k, len(self))
         while True:
-            rows_M = np.array([match.row for match in matches], np.int64)
-            unit_MD = self.rows.unit(rows_M)
+            unit_MD = self.rows.unit(np.array([match.row for match in matches], np.int64))
+            covered_M = np.zeros(len(matches), bool)
             kept: dict[int, list[int]] = {}  # number of a match -> rows folded into it
             for m in range(len(matches)):
-                better = list(kept)
-                alike = unit_MD[better] @ unit_MD[m]
-                if len(better) and alike.max() >= fold:
-                    kept[better[int(alike.argmax())]].append(matches[m].row)
-                else:
+                if not covered_M[m]:
                     kept[m] = []
+                    covered_M |= unit_MD @ unit_MD[m] >= fold
             if len(kept) >= k or len(matches) < asked or asked == len(self):
-                return [
-                    Match(matches[m].row, matches[m].similarity, tuple(rows))
-                    for m, rows in list(kept.items())[:k]
-                ]
+                break
             asked = min(2 * asked, len(self))
             matches = self._found(query_1D, asked, threshold, among)[0]
+        better_K = np.array(list(kept), np.int64)
+        folded_F = np.setdiff1d(np.arange(len(matches)), better_K)
+        for start in range(0, len(folded_F), 1024):
+            block_B = folded_F[start : start + 1024]
+            alike_BK = unit_MD[block_B] @ unit_MD[better_K].T
+            alike_BK[better_K > block_B[:, None]] = -np.inf  # into a better hit, the most alike
+            for m, nearest in zip(block_B.tolist(), alike_BK.argmax(1).tolist(), strict=True):
+                kept[int(better_K[nearest])].append(matches[m].row)
+        return [
+            Match(matches[m].row, matches[m].similarity, tuple(rows))
+            for m, rows in list(kept.items())[:k]
+        ]
 
     def row(self, row: int) -> dict[str, Any]:
         """What is known of a row: key, caption, url, json (parsed), shard, offset, size."""
