@@ -36,7 +36,7 @@ def ratios(report: Any) -> list[float]:
 
 
 def test_every_benchmark_is_here() -> None:
-    others = {"interleaved", "open_clip_trainer", "train_accuracy", "train_setting"}
+    others = {"interleaved", "open_clip_trainer", "serve_load", "train_accuracy", "train_setting"}
     assert {file.stem for file in BENCH.glob("*.py")} == {*SMALL, *others}
 
 
@@ -54,6 +54,14 @@ def test_benchmark_reports_a_ratio(name: str) -> None:
     found = ratios(report_of(f"{name}.py", *SMALL[name], "--rounds", 1))
     assert found
     assert all(ratio > 0 for ratio in found)
+
+
+@pytest.mark.slow
+def test_server_under_load() -> None:
+    few = ["--architecture", "XS", "--pictures", 50, "--requests", 200, "--clients", 16]
+    report = report_of("serve_load.py", *few)
+    assert report["quiet"]["wrong"] == report["abused"]["wrong"] == 0
+    assert report["refused"]
 
 
 @pytest.mark.slow
