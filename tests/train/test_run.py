@@ -101,7 +101,7 @@ def test_finished_run_has_nothing_left_to_do(data: Path, uninterrupted: Path) ->
 def test_sigterm_then_resume(
     data: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    run = tmp_path / "run"
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
     append = metrics.append
 
     def signalling(path: Path, row: metrics.Row, name: str) -> None:
@@ -114,7 +114,7 @@ def test_sigterm_then_resume(
         summary = train(config(data, run))
     assert (summary.status, summary.step, summary.model) == ("stopped", stop_at, None)
     assert not (run / "model").exists()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     assert train(config(data, run)).status == "finished"
     assert_same_result(uninterrupted, run)
 

@@ -52,4 +52,5 @@ if __name__ == "__main__":
     values = [subject.run(whole), subject.run(sharded), subject.run(sharded)]
     assert all(is_sharded(p) for p in sharded.parameters() if p.ndim)
     (Path(pairs) / f"{subject.accelerator.process_index}.json").write_text(json.dumps(values))
+    subject.accelerator.wait_for_everyone()  # no process leaves while another still asks it
     subject.accelerator.end_training()
