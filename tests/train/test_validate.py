@@ -271,5 +271,5 @@ def test_processes_equal_one(tmp_path: Path, labelled: Path, processes: int, pai
     assert found.returncode == 0, found.stderr
     for rank in range(processes):
         values = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert values == [pytest.approx(expected, abs=1e-6)] * 3, rank
+        assert values == [pytest.approx(expected, abs=1e-5)] * 3, rank
     assert found.stderr.count(f"left out of validation: {tmp_path.name}/0.tar/k01") == 1
