@@ -35,13 +35,9 @@ def joined() -> Generator[None]:
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield
-        if rank() == 0:
-            send(None)
-    except BaseException:
-        if rank() == 0:
-            send(None)
-        raise
     finally:
+        if rank() == 0:
+            send(None)
         dist.destroy_process_group()
 
 

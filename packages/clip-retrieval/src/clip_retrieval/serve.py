@@ -71,7 +71,7 @@ def make_server(
     listening = _listen(host, port)
     try:
         served = {n: ServedIndex(path, model, device, fold) for n, path in indexes.items()}
-    except BaseException:
+    except BaseException:  # Ctrl-C too: it is raised again, and the address is free
         listening.close()
         raise
     config = uvicorn.Config(
