@@ -116,6 +116,27 @@ def test_fast_paths_equal_plain_ones(kind: str, checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_gradients_repeat_on_several_threads(kind: str) -> None:
+    """To the bit: nothing is summed up in the order in which threads come."""
+    model = scattered(small_config(kind)).train()
+    images, tokens = inputs(model.config)
+    tokens = tokens.repeat(40, 1)  # enough for torch to divide among threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        runs: list[tuple[Tensor, ...]] = []
+        for _ in range(5):
+            torch.manual_seed(0)
+            image, text, *_ = model(images, tokens)
+            loss = image.square().sum() + text.square().sum()
+            runs.append(torch.autograd.grad(loss, [*model.parameters()], allow_unused=True))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_features_before_the_projection(kind: str) -> None:
     model = scattered(small_config(kind))
     images, _ = inputs(model.config)

@@ -104,21 +104,33 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path, bias: float | None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed(data: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "threads", "changed"),
+    [
+        (1, 1, {"patch_dropout": 0.25}),
+        (2, 1, {"patch_dropout": 0.25}),
+        # a ResNet, and batches of a size that torch's CPU kernels divide among threads
+        (1, 2, {"model": "tools/quickstart_model.json", "batch_size": 64, "samples_seen": 1280}),
+    ],
+    ids=["one", "two processes", "two threads"],
+)
+def test_killed_and_resumed(
+    data: Path, tmp_path: Path, processes: int, threads: int, changed: dict[str, object]
+) -> None:
     """SIGKILL at ten random steps: the weights of an uninterrupted run."""
     command = ALONE if processes == 1 else torchrun(processes)
-    settings = {"save_every": 1, "workers": 1, "patch_dropout": 0.25, "ema": 0.9}
-    whole = run([*command, *arguments(data, tmp_path / "whole", **settings)])
+    settings = changed | {"save_every": 1, "workers": 1, "ema": 0.9}
+    omp = {"OMP_NUM_THREADS": str(threads)}
+    whole = run([*command, *arguments(data, tmp_path / "whole", **settings)], **omp)
     assert whole.returncode == 0, whole.stderr
     output = tmp_path / "killed"
     chosen = random.Random(processes)
     for step in sorted(chosen.sample(range(1, 20), 10)):
-        process = start([*command, *arguments(data, output, **settings)])
+        process = start([*command, *arguments(data, output, **settings)], **omp)
         wait_for_step(process, output, step)
         kill_all(process.pid)
         process.communicate()
-    resumed = run([*command, *arguments(data, output, **settings)])
+    resumed = run([*command, *arguments(data, output, **settings)], **omp)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["order_hash"] == json.loads(whole.stdout)["order_hash"]
     for name in ("model", "model-ema"):

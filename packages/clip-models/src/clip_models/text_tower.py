@@ -5,6 +5,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_models.config import ModelConfig, TextConfig
@@ -90,7 +91,9 @@ class TextTransformer(nn.Module):
                 f"[B, at most {self.config.context_length}]"
             )
         tokens_T, positions_T, layout, restore_B = self._lay_out(tokens_BL)
-        x_TW = self.token_embedding(tokens_T) + self.positional_embedding[positions_T]
+        # not `positional_embedding[positions_T]`: on several CPU threads its gradient is summed up
+        # in the order in which they come, which no two runs share
+        x_TW = self.token_embedding(tokens_T) + F.embedding(positions_T, self.positional_embedding)
         if self.fast:
             pooled_BW = self.transformer.pooled(x_TW, layout)
         else:
