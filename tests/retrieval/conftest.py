@@ -1,10 +1,14 @@
 """A tiny random model and a few tiny shards, made once."""
 
+import contextlib
 import io
 import json
+import os
 import random
+import signal
 import tarfile
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,8 @@ import torch
 from clip_models import CLIP, ModelConfig, Preprocess, save_model
 from clip_retrieval import embed_source
 from PIL import Image
+
+import faiss  # isort: skip
 
 WORDS = ["red", "blue", "cat", "dog", "house", "tree", "river", "cloud", "stone", "light"]
 
@@ -115,3 +121,17 @@ def retrieval_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "test" / "nshards.txt").write_text("2\n")
     (root / "dataset_type.txt").write_text("retrieval\n")
     return root
+
+
+def killed(work: Callable[[], object], seconds: float) -> None:
+    """Fork, and SIGKILL the fork after some time."""
+    process = os.fork()
+    if process == 0:
+        torch.set_num_threads(1)  # a forked child has no OpenMP threads to share work with
+        faiss.omp_set_num_threads(1)
+        with contextlib.suppress(BaseException):
+            work()
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)

@@ -1,24 +1,18 @@
 """Building: what is written, that it is whole, and that an interrupted build continues."""
 
-import contextlib
 import json
-import os
+import random
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from clip_models import load_model
 from clip_retrieval import Index, RetrievalError, build, build_index, embed_parts, verify_index
 from clip_retrieval.shards import read_samples
 
-import faiss  # isort: skip
-
-from .conftest import caption, make_shards, picture, training_sample, write_tar
+from .conftest import caption, killed, make_shards, picture, training_sample, write_tar
 
 
 class Killed(BaseException):
@@ -153,23 +147,26 @@ def test_a_killed_build_continues(
     assert not (tmp_path / "index.partial").exists()
 
 
-def test_killed_again_and_again(index: Path, model: Path, shards: Path, tmp_path: Path) -> None:
-    """SIGKILL at several moments of a forked build, each of which takes up what the last left."""
-    new = tmp_path / "index"
-    for tenths in range(1, 7):
-        process = os.fork()
-        if process == 0:
-            torch.set_num_threads(1)  # a forked child has no OpenMP threads to share work with
-            faiss.omp_set_num_threads(1)
-            with contextlib.suppress(BaseException):
-                build_index(model, shards, new, workers=0, batch_size=1)
-            os._exit(0)
-        time.sleep(tenths / 20)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+def test_killed_at_random_moments(index: Path, model: Path, shards: Path, tmp_path: Path) -> None:
+    """SIGKILL twenty times, each build taking up what the last left; a finished one is whole."""
+    new, moments, finished = tmp_path / "index", random.Random(0), 0
+
+    def assert_whole() -> None:
+        assert contents(new)["metadata.arrow"] == contents(index)["metadata.arrow"]
+        np.testing.assert_allclose(stored(new), stored(index), atol=1e-3)
+
+    for _ in range(20):
+        killed(
+            lambda: build_index(model, shards, new, workers=0, batch_size=1),
+            moments.uniform(0, 0.5),
+        )
+        if new.exists():
+            assert_whole()
+            shutil.rmtree(new)
+            finished += 1
+    assert finished < 10
     build_index(model, shards, new, workers=0, batch_size=1)
-    assert contents(new)["metadata.arrow"] == contents(index)["metadata.arrow"]
-    np.testing.assert_allclose(stored(new), stored(index), atol=1e-3)
+    assert_whole()
     assert not (tmp_path / "index.partial").exists()
 
 

@@ -1,19 +1,14 @@
 """Append, remove, merge: the result, that it is atomic, and that a killed change is made again."""
 
 import contextlib
-import os
 import random
 import shutil
-import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from clip_retrieval import (
     Index,
     RetrievalError,
@@ -28,9 +23,7 @@ from clip_retrieval import (
 )
 from clip_retrieval.layout import locked
 
-import faiss  # isort: skip
-
-from .conftest import make_shards, training_sample, write_tar
+from .conftest import killed, make_shards, training_sample, write_tar
 
 
 class Killed(BaseException):
@@ -208,34 +201,20 @@ def test_a_killed_append_is_continued(
     assert_same(index, whole)
 
 
-def killed(work: Callable[[], object], seconds: float) -> None:
-    """Fork, and SIGKILL the fork after some time."""
-    process = os.fork()
-    if process == 0:
-        torch.set_num_threads(1)  # a forked child has no OpenMP threads to share work with
-        faiss.omp_set_num_threads(1)
-        with contextlib.suppress(BaseException):
-            work()
-        os._exit(0)
-    time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-
-
 def test_killed_at_random_moments(
     index: Path, built: Path, model: Path, shards: Path, more: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL in the middle of embed and append, ten times each; between them all is whole."""
+    """SIGKILL in the middle of embed and append, twenty times each; between them all is whole."""
     moments = random.Random(0)
     whole = shutil.copytree(built, tmp_path / "whole")
     append(None, more, whole, workers=0, batch_size=1)
-    for _ in range(10):
+    for _ in range(20):
         killed(lambda: append(None, more, index, workers=0, batch_size=1), moments.uniform(0, 0.5))
         assert len(Index(index)) in (40, 60)
     append(None, more, index, workers=0, batch_size=1)
     assert_same(index, whole)
     out, undisturbed = tmp_path / "embeddings", tmp_path / "undisturbed"
-    for _ in range(10):
+    for _ in range(20):
         killed(
             lambda: embed_source(model, shards, out, workers=0, batch_size=1),
             moments.uniform(0, 0.5),
