@@ -7,6 +7,10 @@ Vectors are made as CLIP's are: unit rows in clusters, of low rank within them, 
 texts lie apart from them, by one offset and some noise. Both sides build from one folder of
 float16 embeddings, in processes of their own, watched from outside. Then this process asks both
 the same new texts: autofaiss's index as it returned it, and tuned to the recall that ours has.
+
+Bytes per vector are told twice: in memory, of what the search walks through, and on the disk, with
+the float16 rows, memory-mapped, that our hits are scored again from. Peaks of memory are of pages
+that no file backs, which the plan is about, and of those that a file does.
 """
 
 import argparse
@@ -31,6 +35,7 @@ PART = 100_000
 BUILD = "import sys, autofaiss; autofaiss.build_index(sys.argv[1], index_path=sys.argv[2], "
 BUILD += "index_infos_path=sys.argv[2] + '.json', verbose=30, nb_cores=int(sys.argv[3]), "
 BUILD += "max_index_memory_usage='16G', current_memory_available='20G')"
+_MEMORY = {"anonymous": "RssAnon", "file-backed": "RssFile"}
 
 
 def main() -> None:
@@ -55,11 +60,12 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     faiss.omp_set_num_threads(arguments.threads)
     embeddings, queries_QD = make(work, arguments.rows, arguments.dim, arguments.queries)
     make(work / "tiny", 1_000, arguments.dim, 10)
-    idle = ours(work / "tiny" / "embeddings", work / "tiny" / "index", arguments)["peak_bytes"]
+    tiny = ours(work / "tiny" / "embeddings", work / "tiny" / "index", arguments)
+    idle = tiny["peak_bytes"]["anonymous"]
     built = {"ours": ours(embeddings, work / "index", arguments)}
     built["compact"] = ours(embeddings, work / "compact", arguments, arguments.compact)
     for name in ("ours", "compact"):
-        peak = built[name]["peak_bytes"] - idle
+        peak = built[name]["peak_bytes"]["anonymous"] - idle
         planned = built[name]["plan"]["build_bytes"]
         built[name]["memory"] = {"planned": planned, "measured": peak, "ratio": planned / peak}
     index, compact = Index(work / "index"), Index(work / "compact")
@@ -75,7 +81,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     if arguments.peer_env:
         peer = autofaiss(embeddings, work / "autofaiss.index", arguments)
         graph = faiss.read_index(str(work / "autofaiss.index"))
-        built["autofaiss"] = peer | {"bytes_per_vector": peer["bytes"] / arguments.rows}
+        built["autofaiss"] = peer
         sides["autofaiss"] = lambda: graph.search(queries_QD, 10)
         tuned = at_recall(graph, queries_QD, recall, recall(sides["ours"]()[1]))
         built["autofaiss"]["parameters"] = {"as returned": parameter(graph), "tuned": tuned}
@@ -96,9 +102,11 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         pair = {"ours": sides["ours"], peer: sides[peer]}
         report[f"ours / {peer}"] = compare(pair, arguments=told, **counted)
     if arguments.peer_env:
-        bytes_ = {name: built[name]["bytes_per_vector"] for name in ("ours", "compact")}
         theirs = built["autofaiss"]["bytes_per_vector"]
-        report["bytes"] = {name: {"each": b, "of theirs": b / theirs} for name, b in bytes_.items()}
+        report["bytes of theirs"] = {
+            name: {where: each / theirs[where] for where, each in own["bytes_per_vector"].items()}
+            for name, own in built.items()
+        }
         seconds = built["autofaiss"]["seconds"]
         report["build"] = {"theirs / ours": seconds / built["ours"]["seconds"]}
     return report
@@ -141,12 +149,12 @@ def ours(
         command += ["--family", family]
     told, seconds, peak = watched(command, arguments.threads)
     built = json.loads(told)
-    each = built["bytes"]["image.index"] / built["images"]
+    codes = built["bytes"]["image.index"] / built["images"]
+    rows = built["bytes"]["rows.index"] / built["images"]
     return {
         "seconds": seconds,
         "peak_bytes": peak,
-        "bytes_per_vector": each,
-        "rows_bytes_per_vector": built["bytes"]["rows.index"] / built["images"],
+        "bytes_per_vector": {"in memory": codes, "on disk": codes + rows},
         "recall@10, its own": built["recall@10"],
         "plan": built["plan"],
         "search": built["search"],
@@ -158,20 +166,23 @@ def autofaiss(embeddings: Path, index: Path, arguments: argparse.Namespace) -> d
     python = arguments.peer_env / "bin/python"
     command = [python, "-c", BUILD, embeddings / "img_emb", index, str(arguments.threads)]
     _, seconds, peak = watched(command, arguments.threads)
-    return {"seconds": seconds, "peak_bytes": peak, "bytes": index.stat().st_size}
+    each = index.stat().st_size / arguments.rows  # it is searched as it is written
+    both = {"in memory": each, "on disk": each}
+    return {"seconds": seconds, "peak_bytes": peak, "bytes_per_vector": both}
 
 
-def watched(command: list[Any], threads: int) -> tuple[str, float, int]:
-    """Run a command; its output, its seconds, and its peak of memory that no file backs."""
+def watched(command: list[Any], threads: int) -> tuple[str, float, dict[str, int]]:
+    """Run a command; its output, its seconds, and the peaks of its memory."""
     environment = {"OMP_NUM_THREADS": str(threads), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
     print(*command, file=sys.stderr)
-    start, peak = time.perf_counter(), 0
+    start, peak = time.perf_counter(), dict.fromkeys(_MEMORY, 0)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [str(part) for part in command], stdout=output, stderr=sys.stderr, env=environment
         )
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            now = resident(process.pid)
+            peak = {kind: max(most, now[kind]) for kind, most in peak.items()}
             time.sleep(0.02)
         if process.returncode:
             sys.exit(f"exit {process.returncode}: {command[0]}")
@@ -180,13 +191,14 @@ def watched(command: list[Any], threads: int) -> tuple[str, float, int]:
         return output.read(), seconds, peak
 
 
-def anonymous(process: int) -> int:
-    """Bytes of a process's memory that are not pages of files."""
+def resident(process: int) -> dict[str, int]:
+    """Bytes of a process's memory: pages that no file backs, and pages of files."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        status = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon")), 0)
+        status = ""
+    told = dict(line.split(":", 1) for line in status.splitlines())
+    return {kind: int(told.get(name, "0").split()[0]) * 1024 for kind, name in _MEMORY.items()}
 
 
 def make(work: Path, rows: int, dim: int, queries: int) -> tuple[Path, np.ndarray]:
