@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from clip_data.errors import DataError, RowError
 from clip_data.images import ImageOptions, prepare_image
-from clip_models import ImageError
-from clip_models.decode import decode
+from clip_models import ImageError, decode_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -87,7 +86,7 @@ def test_bytes_are_kept(extension: str, data: bytes) -> None:
     assert picture.data == data
     assert picture.extension == extension
     assert (picture.width, picture.height) == opened(data).size
-    decode(data)
+    decode_image(data)
     assert prepare_image(data, replace(KEEP, encode=extension)).data == data
 
 
@@ -106,7 +105,7 @@ COPIED: dict[str, bytes] = {
 def test_other_formats_become_png_of_the_same_pixels(data: bytes) -> None:
     picture = prepare_image(data, KEEP)
     assert picture.extension == opened(picture.data).format.lower() == "png"
-    np.testing.assert_array_equal(decode(picture.data), decode(data))
+    np.testing.assert_array_equal(decode_image(picture.data), decode_image(data))
 
 
 @pytest.mark.parametrize("encode", ["jpg", "png", "webp"])
@@ -120,13 +119,13 @@ def test_what_is_encoded_anew_looks_the_same(name: str, size: int | None, encode
     kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[encode]
     assert stored.format == kind or picture.data == data
     assert (picture.width, picture.height) == stored.size
-    shown = Image.fromarray(decode(data))
+    shown = Image.fromarray(decode_image(data))
     if size is not None and min(shown.size) > size:
         assert min(stored.size) == size
         shown = shown.resize(stored.size, Image.Resampling.HAMMING)
     if encode != "png" and picture.data != data:  # what half the colours and Pillow's encoder cost
         shown = opened(file(kind, shown, quality=100, subsampling="4:2:0"))
-    assert distance(Image.fromarray(decode(picture.data)), shown) < 4
+    assert distance(Image.fromarray(decode_image(picture.data)), shown) < 4
 
 
 def test_16_bits_become_the_high_8() -> None:
@@ -138,7 +137,7 @@ def test_colours_below_alpha_stay() -> None:
     clear = file("PNG", Image.new("RGBA", (9, 7), (200, 100, 50, 0)))
     for encode in ("jpg", "png", "webp"):
         picture = prepare_image(clear, ImageOptions(image_size=4, encode=encode))
-        pixel = decode(picture.data)[0, 0]
+        pixel = decode_image(picture.data)[0, 0]
         assert np.abs(pixel.astype(int) - (200, 100, 50)).max() < 6, encode
         assert opened(picture.data).mode == ("RGB" if encode == "jpg" else "RGBA")
 
@@ -228,10 +227,10 @@ def test_clip_models_decodes_what_is_accepted(
     data = bytes(damaged)
     accepted = outcome(data) == "accepted"
     if accepted:
-        decode(prepare_image(data, KEEP).data)
+        decode_image(prepare_image(data, KEEP).data)
     elif b"Adobe" not in data:
         with pytest.raises(ImageError):
-            decode(data)
+            decode_image(data)
     assert accepted or outcome(data, ImageOptions(encode="png", image_size=7)) != "accepted"
 
 

@@ -86,6 +86,7 @@ def test_public_names_are_these() -> None:
         "architecture",
         "architecture_names",
         "build_head",
+        "decode_image",
         "fingerprint_of",
         "list_heads",
         "load_head",

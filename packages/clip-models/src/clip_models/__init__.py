@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from clip_models.architectures import architecture, architecture_names
     from clip_models.class_files import read_class_names, read_templates
     from clip_models.config import ModelConfig
+    from clip_models.decode import decode_image
     from clip_models.errors import ImageError, ModelError
     from clip_models.heads import Head, build_head, list_heads, load_head, save_head
     from clip_models.hf_tokenizer import HFTokenizer
@@ -41,6 +42,7 @@ _MODULES = {
     "architecture": "architectures",
     "architecture_names": "architectures",
     "build_head": "heads",
+    "decode_image": "decode",
     "fingerprint_of": "weights",
     "list_heads": "heads",
     "load_head": "heads",
@@ -69,6 +71,7 @@ __all__ = [
     "architecture",
     "architecture_names",
     "build_head",
+    "decode_image",
     "fingerprint_of",
     "list_heads",
     "load_head",

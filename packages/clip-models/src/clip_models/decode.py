@@ -54,7 +54,7 @@ _TURNS = {
 _BROKEN_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error, zlib.error)
 
 
-def decode(data: bytes) -> NDArray[np.uint8]:
+def decode_image(data: bytes) -> NDArray[np.uint8]:
     """An encoded image -> uint8 [H, W, 3], as this module's table says.
 
     Raises:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_models.config import PreprocessConfig
-from clip_models.decode import check_size, decode
+from clip_models.decode import check_size, decode_image
 
 # Raise this when the pixels of `eval` change: features made before cannot be mixed with new ones.
 PIXELS_VERSION = 2
@@ -65,7 +65,7 @@ class Preprocess:
             ImageError: the bytes are no complete image, or one above 100 million pixels, as it is
                 or as its short side becomes S.
         """
-        pixels_HW3, size = decode(data), self.size
+        pixels_HW3, size = decode_image(data), self.size
         height, width = pixels_HW3.shape[:2]
         if self.config.resize_mode == "squash":
             return _planar(_resize(pixels_HW3, size, size, self._filter))
@@ -93,7 +93,7 @@ class Preprocess:
         Raises:
             ImageError: as in `eval`.
         """
-        pixels_HW3 = decode(data)
+        pixels_HW3 = decode_image(data)
         height, width = pixels_HW3.shape[:2]
         left, top, right, bottom = _random_box(width, height, random.Random(seed))
         cropped = np.ascontiguousarray(pixels_HW3[top:bottom, left:right])
