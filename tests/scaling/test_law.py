@@ -156,6 +156,20 @@ def test_the_errors_that_rise_are_no_power_law(make_runs: Make) -> None:
     assert describe(law_of(points, points="pareto"))["exponent"] is None  # one run is best
 
 
+def test_runs_of_nearly_one_compute_make_no_line(make_runs: Make) -> None:
+    compute = 1e12 * 10 ** np.array([0, 0.0051, 0.0102])
+    about = describe(law_of(make_runs(compute, np.array([0.9, 0.5, 0.01])), points="all"))
+    assert about["exponent"] is None
+    apart = make_runs(1e12 * np.array([1, 1.05, 1.1]), np.array([0.9, 0.5, 0.01]))
+    about = describe(law_of(apart, points="all"))  # steep: a prefactor beyond any float
+    assert about["prefactor"] == 1e308
+    (low,) = make_runs(np.array([1e9]), np.array([0.9]))
+    assert (
+        hold_out(law_of((*make_runs(compute, compute**-0.1), *apart[2:]), points="all"), 1) is None
+    )
+    assert describe(law_of((low, *apart), points="all", holdout_largest=1))["holdout"]
+
+
 def test_n_eval_widens_the_interval(make_runs: Make) -> None:
     compute = 10 ** np.linspace(10, 13, 12)
     error = 5.86 * compute**-0.11

@@ -1,5 +1,6 @@
 """What a table may hold, and that anything else is refused by the name of its row."""
 
+import io
 import re
 from pathlib import Path
 
@@ -108,3 +109,18 @@ def test_two_computes_make_no_law(tmp_path: Path) -> None:
     message = "zero-shot/in/acc1, group g: 2 distinct computes (a, b, c); a law needs three"
     with pytest.raises(ScalingError, match=re.escape(message)):
         fit_points(points, Settings())
+    near = "".join(GOOD.replace("a,", f"{x},", 1).replace("1e9", f"1.00{x}e9") for x in (0, 1, 2))
+    with pytest.raises(ScalingError, match="1 distinct computes"):
+        fit_points(read(tmp_path, LONG + near), Settings())
+
+
+def test_data_are_told_apart_by_their_size_alone(tmp_path: Path) -> None:
+    header = "model,data_size,samples_seen,in\n"
+    points = read(tmp_path, header + "ViT-B-32,10,1e9,0.5\nViT-B-32,20,1e9,0.6\n")
+    assert [p.data for p in points] == ["10", "20"]
+
+
+def test_standard_input_may_begin_with_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '\ufeff"model",samples_seen,in\nViT-B-32,1e9,0.5\n'.encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+    assert read_points("-")[0].model == "ViT-B-32"

@@ -150,6 +150,8 @@ def test_samples_shrink_until_the_time_holds() -> None:
         (("[retrieval]", "[retreival]"), "unknown: retreival"),
         (("[zero-shot]", "[zeroshot]"), "missing: zero-shot"),
         (("shots = [2]\n", ""), "missing: [probe] shots"),
+        (("text_cfg", "txt_cfg"), "missing: [models.XS] text_cfg"),
+        (("demo-size = 24\npairs = [24]", 'data.a = {shards = "/a"}'), "missing: [data.a] pairs"),
         (('sets = ["sets/noto"]\n', ""), "missing: [robustness] sets"),
         (("batch-size = 16\nlr = 1e-3\n", ""), "missing: [train] batch-size"),
         (("seed = 0", "seed ="), "grid.toml: "),
@@ -417,7 +419,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "sbatch": 'echo "sbatch $*" >>$CALLS; echo $(wc -l <$CALLS)',
         "scontrol": 'echo "scontrol $*" >>$CALLS; [ $1 = show ] && printf "node1\nnode2\n"; true',
         "srun": 'exec "$@"',
-        "torchrun": 'echo "torchrun $*" >>$CALLS; [ -z "$SAYS" ] || echo "$SAYS"; exit $ENDS',
+        "python": 'echo "python $*" >>$CALLS; [ -z "$SAYS" ] || echo "$SAYS"; exit $ENDS',
     }
     for name, text in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -449,12 +451,13 @@ def test_a_task_of_an_array(
     done = out / "cells" / "B-32-laion80m-13b" / "train.json"
     done.unlink(missing_ok=True)
     environment = cluster | {"SAYS": says, "ENDS": str(ends)}
-    script = ["bash", out / "slurm" / "ViT-B-32-train.sbatch"]
-    result = subprocess.run(script, env=environment, capture_output=True, text=True)
+    text = (out / "slurm" / "ViT-B-32-train.sbatch").read_text()
+    text = text.replace(sys.executable, str(Path(cluster["CALLS"]).with_name("python")))
+    result = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
     assert result.returncode == status, result.stderr
     assert done.exists() == ("finished" in says)
     calls = Path(cluster["CALLS"]).read_text()
-    assert "--nnodes=64 --nproc-per-node=4" in calls
+    assert "python -m torch.distributed.run --nnodes=64 --nproc-per-node=4" in calls
     assert "--rdzv-endpoint=node1:29500 clip-train --recipe B-32-laion80m-13b" in calls
     assert ("scontrol requeue 7_1" in calls) == requeued
 

@@ -14,9 +14,9 @@ PUBLISHED = Path(__file__).parent / "published"
 
 
 @cache
-def published() -> dict[str, dict[str, str]]:
+def published(folder: Path = PUBLISHED) -> dict[str, dict[str, str]]:
     """The paper's table of architectures (arXiv 2212.07143, appendix), by name."""
-    with (PUBLISHED / "architectures.csv").open(encoding="utf-8", newline="") as file:
+    with (folder / "architectures.csv").open(encoding="utf-8", newline="") as file:
         return {row["model"]: row for row in csv.DictReader(file)}
 
 

@@ -2,11 +2,12 @@
 
 import csv
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from architectures import published_gmacs
+from architectures import published
 from errors import ScalingError
 from fits import at
 from law import Law, laws
@@ -31,13 +32,16 @@ def check(folder: Path) -> list[dict[str, Any]]:
     except ScalingError:
         raise
     except (KeyError, ValueError) as error:
-        raise ScalingError(f"{folder}: a column or figure is missing: {error}") from error
+        raise ScalingError(f"{folder}: a column, model or figure is missing: {error}") from error
 
 
 def _compare(folder: Path) -> Iterator[dict[str, Any]]:
+    gmacs = {model: float(row["gmacs"]) for model, row in published(folder).items()}
+
     @cache
     def table(name: str) -> list[Point]:
-        return read_points(folder / f"{name}.csv", percent=True)
+        points = read_points(folder / f"{name}.csv", percent=True)
+        return [replace(p, gmacs=gmacs[p.model]) for p in points]
 
     @cache
     def law(name: str, quantity: str, group: str, rule: str) -> Law:
@@ -65,10 +69,8 @@ def _compare(folder: Path) -> Iterator[dict[str, Any]]:
         yield _line(name, float(row["sum"]), total, SUM)
     for row in _rows(folder / "predictions.csv"):
         fitted = law("zero_shot", row["quantity"], "openclip", "binned")
-        gmacs = published_gmacs(row["model"])
-        if gmacs is None:
-            raise ScalingError(f"{folder / 'predictions.csv'}: unknown model {row['model']!r}")
-        accuracy = 100 * (1 - at(fitted, gmacs * float(row["samples_seen"]))["error"])
+        compute = gmacs[row["model"]] * float(row["samples_seen"])
+        accuracy = 100 * (1 - at(fitted, compute)["error"])
         name = f"{row['quantity']} of {row['model']} at {float(row['samples_seen']):.2e}"
         yield _line(f"{name} ({row['source']})", float(row["accuracy"]), accuracy, ACCURACY)
 

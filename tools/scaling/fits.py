@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from architectures import published_gmacs
 from errors import ScalingError
-from law import LEAST_RUNS, Law, interval, laws, least_squares
-from points import Point, matches
+from law import LEAST_RUNS, Law, interval, laws, least_squares, power
+from points import Point, distinct, matches
 from saturating import saturating
 from settings import Settings
 
@@ -39,7 +39,7 @@ def describe(law: Law) -> dict[str, Any]:
         "group": law.group,
         "verdict": word,
         "why": why,
-        "prefactor": None if law.line is None else 10 ** law.line[0],
+        "prefactor": None if law.line is None else power(law.line[0]),
         "exponent": None if law.line is None else law.line[1],
         "interval_95": None,
         "rule": law.rule,
@@ -50,7 +50,7 @@ def describe(law: Law) -> dict[str, Any]:
         low, high = interval(height, len(law.points))
         about["interval_95"] = {
             "exponent": interval(slope, len(law.points)),
-            "prefactor": [10**low, 10**high],
+            "prefactor": [power(low), power(high)],
             "resamplings": len(slope),
         }
     elif law.settings.bootstrap:
@@ -85,6 +85,8 @@ def verdict(law: Law) -> tuple[str, str]:
     if len(law.points) < LEAST_RUNS:
         return UNKNOWN, f"{len(law.points)} runs allow no interval"
     if law.line is None:
+        if count >= 3:
+            return UNKNOWN, f"the {count} points are of nearly one compute"
         return NO_LAW, f"only {count} of {len(law.points)} runs gain from more compute"
     if law.line[1] >= 0:
         return NO_LAW, "the error does not fall with compute"
@@ -123,7 +125,7 @@ def hold_out(law: Law, largest: int) -> list[dict[str, Any]] | None:
     order = sorted(law.points, key=lambda p: p.compute)
     kept, held = order[:-largest], order[-largest:]
     inner = replace(law, points=tuple(kept))
-    if len({p.compute for p in kept}) < 3 or inner.line is None:
+    if distinct(p.compute for p in kept) < 3 or inner.line is None:
         return None
     return [{"run": p.run, "measured": p.error, **at(inner, p.compute)} for p in held]
 
@@ -132,7 +134,7 @@ def at(law: Law, compute: float) -> dict[str, Any]:
     """The law's error at this compute, its interval, and how far beyond the runs it lies."""
     x = math.log10(compute)
     beyond = max(0.0, x - float(law.log_compute.max()), float(law.log_compute.min()) - x)
-    return {"error": 10 ** law.at(x), "interval_95": law.interval_at(x), "beyond": beyond}
+    return {"error": power(law.at(x)), "interval_95": law.interval_at(x), "beyond": beyond}
 
 
 def predict(

@@ -14,12 +14,13 @@ from functools import cached_property
 import numpy as np
 from errors import ScalingError
 from numpy.typing import NDArray
-from points import Point
+from points import Point, distinct
 from scipy.special import ndtr, stdtrit
 from settings import Settings
 
 Floats = NDArray[np.float64]
 LEAST_RUNS = 5  # no interval below this many
+LEAST_SPREAD = 1e-4  # sum of squared decades of compute, below which no slope can be told
 
 
 def select(
@@ -52,7 +53,7 @@ def select(
 def least_squares(
     x_BK: Floats, y_BK: Floats, run_BK: NDArray[np.intp]
 ) -> tuple[Floats, Floats, Floats]:
-    """Height at x = 0, slope and the points' mean x, [B] each; NaN below three points."""
+    """Height at x = 0, slope and the points' mean x, [B] each; NaN where no slope can be told."""
     used = run_BK >= 0
     count = used.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -62,7 +63,7 @@ def least_squares(
         dy = np.where(used, y_BK - y_mean[:, None], 0)
         spread = (dx * dx).sum(axis=1)
         slope = (dx * dy).sum(axis=1) / spread
-    slope = np.where((count >= 3) & (spread > 1e-9), slope, np.nan)
+    slope = np.where((count >= 3) & (spread > LEAST_SPREAD), slope, np.nan)
     return y_mean - slope * x_mean, slope, x_mean
 
 
@@ -76,6 +77,11 @@ def interval(values: Floats, runs: int) -> tuple[float, float]:
     tail = float(ndtr(-np.sqrt(runs / (runs - 1)) * stdtrit(runs - 1, 0.975)))
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def power(log: float) -> float:
+    """10 to this power, at most 1e308: a steep line reaches further at a compute of 1."""
+    return 10.0 ** min(log, 308.0)
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Law:
 
     @cached_property
     def line(self) -> tuple[float, float] | None:
-        """(height at x = 0, slope); None below three points."""
+        """(height at x = 0, slope); None below three points or LEAST_SPREAD."""
         x, y, runs = self.chosen
         height, slope, _ = least_squares(x[None], y[None], np.array([runs]))
         return None if np.isnan(slope[0]) else (float(height[0]), float(slope[0]))
@@ -123,7 +129,7 @@ class Law:
     def at(self, x: float) -> float:
         """log10 E that the line gives at log10 compute `x`."""
         if self.line is None:
-            raise ValueError("no line below three points")
+            raise ValueError("no line")
         return self.line[0] + self.line[1] * x
 
     def resampled(self, rule: str | None = None) -> tuple[Floats, Floats] | None:
@@ -170,7 +176,7 @@ class Law:
             return None
         height, slope = self.replicates
         low, high = interval(height + slope * x, len(self.points))
-        return 10**low, 10**high
+        return power(low), power(high)
 
 
 def laws(points: Sequence[Point], settings: Settings) -> list[Law]:
@@ -184,10 +190,10 @@ def laws(points: Sequence[Point], settings: Settings) -> list[Law]:
         value = "all" if settings.by == "none" else str(getattr(point, settings.by))
         groups.setdefault((point.quantity, value), []).append(point)
     for (quantity, group), members in groups.items():
-        computes = {p.compute for p in members}
-        if len(computes) < 3:
+        computes = distinct(p.compute for p in members)
+        if computes < 3:
             raise ScalingError(
-                f"{quantity}, {settings.by} {group}: {len(computes)} distinct computes "
+                f"{quantity}, {settings.by} {group}: {computes} distinct computes "
                 f"({', '.join(p.run for p in members)}); a law needs three"
             )
     return [Law(q, g, tuple(members), settings) for (q, g), members in groups.items()]

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from errors import ScalingError
 from frontier import SAME
-from law import Floats, Law, interval
+from law import Floats, Law, interval, power
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -172,7 +172,7 @@ def _line(ax: Axes, law: Law, colour: str, scale: float) -> None:
     y = scale * 10 ** (height + slope * x)
     inside = x <= high
     name = "" if law.group == "all" else f"{law.group}: "
-    label = rf"{name}$E = {_number(10**height)}\,C^{{{slope:.3f}}}$"
+    label = rf"{name}$E = {_number(power(height))}\,C^{{{slope:.3f}}}$"
     end = int(inside.sum())
     ax.plot(10 ** x[:end], y[:end], color=colour, linewidth=1.6, label=label, zorder=2.5)
     ax.plot(10 ** x[end - 1 :], y[end - 1 :], color=colour, linewidth=1.2, linestyle=(0, (4, 3)))

@@ -1,13 +1,14 @@
 """Tables of results, long or wide, read into points; a bad figure is named by its row."""
 
 import csv
+import io
 import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from architectures import published_gmacs
 from errors import ScalingError
@@ -65,13 +66,19 @@ def read_points(
     Raises:
         ScalingError: a column is missing or a row is bad, named by its row (the header is row 1).
     """
-    if str(path) == "-":
-        return _read(sys.stdin, "standard input", metrics, percent)
     try:
+        if str(path) == "-":
+            cast(io.TextIOWrapper, sys.stdin).reconfigure(encoding="utf-8-sig")
+            return _read(sys.stdin, "standard input", metrics, percent)
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             return _read(file, str(path), metrics, percent)
     except UnicodeDecodeError as error:
         raise ScalingError(f"{path}: not UTF-8 text, so no CSV file: {error.reason}") from error
+
+
+def distinct(computes: Iterable[float]) -> int:
+    """How many computes there are, those within a hundredth of a decade counted as one."""
+    return len({round(math.log10(compute), 2) for compute in computes})
 
 
 def matches(quantity: str, metrics: Sequence[str]) -> bool:
@@ -156,6 +163,7 @@ def _point(
     row: dict[str, str], where: str, quantity: str, metric: str, cell: str, percent: bool
 ) -> Point:
     samples = _positive(row["samples_seen"], f"{where}: samples_seen")
+    row["data"] = row.get("data") or row.get("data_size", "")
     gmacs = row.get("gmacs", "")
     known = None if gmacs else published_gmacs(row["model"])
     if not gmacs and known is None:
@@ -170,7 +178,7 @@ def _point(
         run=row.get("run", "") or " ".join(part for part in about if part),
         model=row["model"],
         group=row.get("group", "") or "all",
-        data=row.get("data", ""),
+        data=row["data"],
         samples_seen=samples,
         gmacs=known if known is not None else _positive(gmacs, f"{where}: gmacs"),
         quantity=quantity,

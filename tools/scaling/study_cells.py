@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from points import distinct
 from study_grid import Cell, recipe_options, recipes
 
 Step = tuple[str, list[str]]
@@ -141,14 +142,14 @@ def fittable(points: str) -> str:
     An error of zero has no logarithm, and a quantity of fewer than three computes no law.
     """
     rows = [row for row in csv.DictReader(io.StringIO(points)) if float(row["value"]) < 1]
-    computes: dict[str, set[float]] = {}
+    computes: dict[str, list[float]] = {}
     for row in rows:
         compute = float(row["gmacs"]) * float(row["samples_seen"])
-        computes.setdefault(quantity(row), set()).add(compute)
+        computes.setdefault(quantity(row), []).append(compute)
     stream = io.StringIO()
     table = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     table.writeheader()
-    table.writerows(row for row in rows if len(computes[quantity(row)]) >= 3)
+    table.writerows(row for row in rows if distinct(computes[quantity(row)]) >= 3)
     return stream.getvalue()
 
 

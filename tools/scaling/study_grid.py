@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 COMMON = {"name", "seed", "train", "zero-shot"}
 PRODUCT = COMMON | {"samples-seen", "models"}
 RECIPES = COMMON | {"recipes", "data", "slurm"}
+MODEL, DATA = {"embed_dim", "vision_cfg", "text_cfg"}, {"shards", "pairs"}
 MEASURES = {"robustness", "retrieval", "probe", "fine-tune"}
 INNER = {key: {"sets"} for key in MEASURES | {"zero-shot"}} | {
     "probe": {"sets", "shots"},
@@ -68,8 +69,12 @@ def read_grid(path: Path) -> dict[str, Any]:
         wanted = PRODUCT | ({"data"} if "data" in grid else {"demo-size", "pairs"})
         optional, train = MEASURES | {"slurm"}, {"batch-size", "warmup"}
     missing = set(wanted - grid.keys())
-    for name, keys in {**INNER, "train": train}.items():
-        missing |= {f"[{name}] {key}" for key in keys - grid.get(name, dict.fromkeys(keys)).keys()}
+    tables = [(name, grid.get(name), keys) for name, keys in {**INNER, "train": train}.items()]
+    for kind, keys in (("models", MODEL), ("data", DATA)):
+        tables += [(f"{kind}.{name}", table, keys) for name, table in grid.get(kind, {}).items()]
+    for name, table, keys in tables:
+        if table is not None:
+            missing |= {f"[{name}] {key}" for key in keys - table.keys()}
     for what, keys in (("missing", missing), ("unknown", grid.keys() - wanted - optional)):
         if keys:
             raise ScalingError(f"{path}: {what}: {', '.join(sorted(keys))}")

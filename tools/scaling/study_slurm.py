@@ -35,8 +35,8 @@ if [ -e "$home/train.json" ]; then exit 0; fi
 mkdir -p "$home"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 status=0
-launch="torchrun --nnodes=$SLURM_NNODES --nproc-per-node={gpus} --rdzv-backend=c10d"
-launch="$launch --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=${{hosts[0]}}:29500"
+launch="{python} -m torch.distributed.run --nnodes=$SLURM_NNODES --nproc-per-node={gpus}"
+launch="$launch --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID --rdzv-endpoint=${{hosts[0]}}:29500"
 srun bash -c "exec $launch $command" >"$home/train.json.part" || status=$?
 if grep -qE '"status": "(finished|nothing left to do)"' "$home/train.json.part"; then
     mv "$home/train.json.part" "$home/train.json"
