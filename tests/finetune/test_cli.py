@@ -57,7 +57,9 @@ def test_expected_failures_are_one_line(base: Path, digits_set: Path, tmp_path: 
         ("interpolate", base, tmp_path / "no-model", tmp_path / "o", "--alpha", 0.5),
         ("interpolate", base, base, tmp_path / "o", "--alpha", -1),
         ("soup", base, tmp_path / "o"),
+        ("interpolate", base, base, tmp_path / "o", "--alpha", "nan", "--extrapolate"),
         ("soup", base, base, tmp_path / "o", "--weights", "1,1"),
+        ("soup", base, base, tmp_path / "o", "--weights", "nan,1"),
         ("train", base, tmp_path / "o", "--task", digits_set, "--warmup", 9999, "--dry-run"),
         ("train", base, tmp_path / "o", "--task", digits_set, "--warmup", 9999),
         ("train", base, tmp_path / "o", "--task", digits_set, "--augment", "nonsense"),
@@ -71,7 +73,14 @@ def test_expected_failures_are_one_line(base: Path, digits_set: Path, tmp_path: 
 
 def test_usage_errors(base: Path, digits_set: Path):
     assert "--task" in run("train", base, "o", status=2)
-    run("curve", base, base, "o", "--id", "a", "--ood", "b", "--alphas", "0;1", status=2)
+    for options in (
+        ("--alphas", "0;1"),
+        ("--alphas", "0,1,nan", "--extrapolate"),
+        ("--max-loss", "nan"),
+    ):
+        run("curve", base, base, "o", "--id", "a", "--ood", "b", *options, status=2)
+    both = ("train", base, "o", "--task", digits_set, "--iterations", 9, "--epochs", 1)
+    assert "not both" in run(*both, status=2)
     run("train", base, "o", "--task", digits_set, "--precision", "fp8", status=2)
     run("train", base, "o", "--task", digits_set, "--recipe", "none", status=2)
     run("soup", base, base, "o", "--weights", "1;1", status=2)
@@ -112,6 +121,7 @@ def test_recipe_fills_in_and_options_win(base: Path, digits_set: Path):
     assert (wise["steps"], wise["warmup"], wise["method"]) == (8, 2, "end-to-end")
     assert "holds its 200 images several times" in wise["warnings"][0]
     assert wise["learning"] - joint["learning"] == 10 * 24 + 10  # the head
+    assert plan("--recipe", "wise-ft", "--iterations", 700)["steps"] == 700
     flyp = plan("--recipe", "flyp", "--warmup", 0.2, "--batch-size", 20, "--epochs", 0.5)
     assert flyp["steps"] == 5
     assert flyp["learning"] == flyp["parameters"]

@@ -321,6 +321,10 @@ def test_refused(base: Path, finetuned: Path, digits_set: Path, inverted_set: Pa
     rotten = write_set(tmp_path / "rotten", {"test": [*digits(0, 9), (b"?", 1)]})
     with pytest.raises(FinetuneError, match="1 of 10 images cannot be decoded"):
         attempt(ood=rotten)
+    train(base, tmp_path / "tuned", config(digits_set, iterations=3, warmup=1))
+    settings = curve_config(digits_set, inverted_set, val_split="train")
+    with pytest.raises(FinetuneError, match=r"trained on .*digits/train, .* another --val-split"):
+        measure_curve(base, tmp_path / "tuned", tmp_path / "c", settings)
     assert not (tmp_path / "c").exists()
 
 

@@ -1,4 +1,5 @@
 import io
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from clip_finetune import FinetuneError, interpolate_models, open_set, soup_models, train
 from clip_finetune import weights as weights_module
+from clip_finetune.interpolate import blend_heads
 from clip_finetune.weights import combine
 from clip_models import (
     ModelError,
@@ -140,10 +142,16 @@ def test_heads(own_base: Path, finetuned: Path, digits_set: Path, tmp_path: Path
         probes[path] = replace(head, weight=head.weight + shift, bias=head.bias + shift)
         save_head(path, "probe", probes[path])
         save_head(path, "other", replace(head, class_names=(*"0123456789"[:9], path.name)))
+        names = data.class_names if path == tuned else data.class_names[::-1]
+        order = slice(None) if path == tuned else [*range(9, -1, -1)]
+        permuted = replace(probes[path], weight=probes[path].weight[order], class_names=names)
+        save_head(path, "permuted", permuted)
+        twice = ("a", *names[1:-1], "a")
+        save_head(path, "twice", replace(permuted, class_names=twice))
         save_head(path, f"only-{path.name}", head)
 
     result = interpolate_models(own_base, tuned, tmp_path / "out", 0.25)
-    assert result["heads"] == list_heads(tmp_path / "out") == ["probe", "zero-shot"]
+    assert result["heads"] == list_heads(tmp_path / "out") == ["permuted", "probe", "zero-shot"]
     kept = load_head(tmp_path / "out", "zero-shot")
     assert kept.kind == "zero-shot"
     assert torch.equal(kept.weight, zero_shot.weight)
@@ -152,6 +160,22 @@ def test_heads(own_base: Path, finetuned: Path, digits_set: Path, tmp_path: Path
     assert blended.fingerprint == result["fingerprint"]
     torch.testing.assert_close(blended.weight, zero_shot.weight + 0.5)
     torch.testing.assert_close(blended.bias, zero_shot.bias + 0.5)
+    permuted = load_head(tmp_path / "out", "permuted")
+    assert permuted.class_names == data.class_names[::-1]
+    torch.testing.assert_close(permuted.weight, zero_shot.weight.flip(0) + 0.5)
+
+
+def test_killed_and_run_again(base: Path, finetuned: Path, tmp_path: Path, monkeypatch):
+    """What a kill leaves behind is of one name, whichever process it was, and is cleared away."""
+    monkeypatch.setattr("os.rename", lambda *_: os._exit(1))
+    if (process := os.fork()) == 0:
+        torch.set_num_threads(1)
+        interpolate_models(base, finetuned, tmp_path / "out", 0.5)
+    os.waitpid(process, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    interpolate_models(base, finetuned, tmp_path / "out", 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_run_again(base: Path, finetuned: Path, tmp_path: Path):
@@ -202,6 +226,16 @@ def test_soup(base: Path, finetuned: Path, tmp_path: Path):
             torch.testing.assert_close(theta.double(), exact, atol=1e-7, rtol=1e-7)
     assert load_model(tmp_path / "uneven").provenance["models"][2] == load_model(third).fingerprint
     assert soup_models(models, tmp_path / "uniform")["status"] == "nothing left to do"
+
+    # an arithmetic of tasks, in which a coefficient of 1 is no end
+    soup_models(models, tmp_path / "sum", [1, 1, -1], extrapolate=True)
+    for key, theta in weights(tmp_path / "sum").items():
+        exact = states[0][key].double() + states[1][key].double() - states[2][key].double()
+        assert torch.equal(theta.double(), exact.float().double()), key
+    head = build_head(load_model(base), ["a", "b"], ["{c}"])
+    parts = [replace(head, weight=shift * head.weight) for shift in (2.0, 3.0, 4.0)]
+    torch.testing.assert_close(blend_heads(parts, [1, 1, -1]).weight, head.weight)
+    assert blend_heads(parts, [0, 1, 0]) is parts[1]
 
     soup_models([base, finetuned], tmp_path / "two", [0.5, 0.5])
     interpolate_models(base, finetuned, tmp_path / "half", 0.5)

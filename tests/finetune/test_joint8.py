@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from clip_finetune import open_set
+from clip_models import build_head, list_heads, load_head, load_model
 from PIL import Image
 
 from .conftest import RESNET, save_random_model
@@ -38,8 +40,28 @@ def test_joint_tasks_and_patching(tmp_path: Path):
     done = subprocess.run([*command, "--limit", "9"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert len(report["accuracy"]) == 9
-    assert 0 <= report["patched_tasks_improved"] <= 8
+    table = report["accuracy"]
+    tasks = [name for name in table if name != "control"]
+    assert len(tasks) == 8
+    for what, count in (
+        ("fine-tuned", report["fine_tuned_tasks_improved"]),
+        ("patched", report["patched_tasks_improved"]),
+    ):
+        assert count == sum(table[name][what] > table[name]["zero-shot"] for name in tasks)
+    control = table["control"]
+    assert report["control_points_lost"] == round(control["zero-shot"] - control["patched"], 1)
+    assert (out / "curve" / "curve.png").is_file()
+    assert {path.name for path in (out / "sets").iterdir()} == table.keys()
+    base, tuned = load_model(tmp_path / "run" / "model"), load_model(out / "tuned")
+    before, after = base.model.state_dict(), tuned.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("visual.") for name in changed)
+    assert list_heads(out / "tuned") == sorted(tasks)
+    for name in tasks:
+        data = open_set(out / "sets" / name, "train")
+        start = build_head(base, data.class_names, data.templates)
+        assert torch.equal(load_head(out / "tuned", name).weight, start.weight), name
     curve = json.loads((out / "curve" / "curve.json").read_text())
     assert len(curve["id"]) == 8
     start, chosen = curve["points"][0]["validation"], curve["chosen"]["validation"]

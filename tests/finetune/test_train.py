@@ -252,7 +252,21 @@ def test_corrupt_images(base: Path, tmp_path: Path):
     many = write_set(tmp_path / "many", {"train": [*good, *[bad] * 6]})
     with pytest.raises(FinetuneError, match="6 of 66 images cannot be decoded, more than 5%"):
         train(base, tmp_path / "o", config(many, batch_size=66))
+    none = write_set(tmp_path / "none", {"train": [bad] * 30})
+    with pytest.raises(FinetuneError, match="30 of 30 images cannot be decoded"):
+        train(base, tmp_path / "o", config(none))
     assert not (tmp_path / "o").exists()
+
+
+def test_names_that_cannot_be_are_refused_first(base: Path, digits_set: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for out in (Path("."), tmp_path / "link"):
+        with pytest.raises(FinetuneError, match=f"{out} cannot become a new folder"):
+            train(base, out, config(digits_set))
+    dotted = write_set(tmp_path / ".dot", {"train": digits(0, 20)})
+    with pytest.raises(FinetuneError, match=r"'\.dot' cannot; rename the folder"):
+        train(base, tmp_path / "out", config(dotted))
+    assert not (tmp_path / "out.state").exists()
 
 
 def test_two_tasks_of_one_name(base: Path, digits_set: Path, tmp_path: Path):
@@ -264,6 +278,9 @@ def test_two_tasks_of_one_name(base: Path, digits_set: Path, tmp_path: Path):
     ("changes", "message"),
     [
         ({"lr": 0.0}, "--lr is 0.0"),
+        ({"lr": math.inf}, "--lr is inf"),
+        ({"epochs": math.inf}, "--epochs is inf; expected 0 or more, and finite"),
+        ({"warmup": math.inf}, "--warmup is inf; expected 0 or more, and finite"),
         ({"batch_size": 0}, "--batch-size is 0; expected 1 or more"),
         ({"warmup": 2.5}, "--warmup is 2.5; expected whole steps, or a share"),
         ({"ema": 1.0}, "--ema is 1.0; expected at least 0 and below 1"),

@@ -6,7 +6,6 @@ seeded by its place in the run, and whoever else uses them finds them as they we
 
 # B batch, S image side
 
-import io
 import random
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from clip_models import ImageError, Preprocess
+from clip_models import Preprocess, decode_image
 from torch import Tensor
 
 from clip_finetune.errors import FinetuneError
@@ -64,15 +63,12 @@ class Augment:
         """Encoded image -> uint8 [3, S, S].
 
         Raises:
-            ImageError: the bytes are no complete image.
+            ImageError: as `decode_image`.
         """
         from PIL import Image
 
+        image = Image.fromarray(decode_image(data))
         with seeded(seed):
-            try:
-                image = Image.open(io.BytesIO(data)).convert("RGB")
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise ImageError(str(error)) from error
             return self._transform(image)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
+from click.core import ParameterSource
 from clip_models import ModelError
 
 from clip_finetune.config import CurveConfig, TrainConfig
@@ -98,13 +99,18 @@ def main() -> None:
 )  # fmt: skip
 @_options_of(TrainConfig)
 @click.option("--dry-run", is_flag=True, help="Print what the run would be, and write nothing.")
-def train(model: Path, out: Path, dry_run: bool, **options: Any) -> None:
+@click.pass_context
+def train(ctx: click.Context, model: Path, out: Path, dry_run: bool, **options: Any) -> None:
     """Fine-tune MODEL on labelled sets into the model directory OUT, with a head for each set.
 
     By default only the image tower learns; the text tower and the heads stay as they are. SIGTERM
     and Ctrl-C save the train state (OUT.state) and exit with 3; the same command then continues.
     Run it under `accelerate launch` or torchrun for several processes.
     """
+    if ctx.get_parameter_source("iterations") is ParameterSource.COMMANDLINE and options["epochs"]:
+        if ctx.get_parameter_source("epochs") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("give --iterations or --epochs, not both")
+        options["epochs"] = 0.0  # the recipe's
     config = _configured(TrainConfig, options)
     if dry_run:
         from clip_finetune.dry_run import plan_run

@@ -100,12 +100,12 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "1 or more")
         natural = "epochs warmup weight_decay grad_clip image_size seed workers save_every"
         for name in natural.split():
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
         for name in ("label_smoothing", "drop_path", "ema"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._require("random_erasing", 0 <= self.random_erasing <= 1, "from 0 to 1")
         self._require("layer_decay", 0 < self.layer_decay <= 1, "above 0, at most 1")
-        self._require("lr", self.lr > 0, "a positive learning rate")
+        self._require("lr", 0 < self.lr < math.inf, "a positive learning rate")
         whole = self.warmup < 1 or self.warmup == int(self.warmup)
         self._require("warmup", whole, "whole steps, or a share below 1")
         if not self.task:
@@ -181,7 +181,8 @@ class CurveConfig:
 
     def __post_init__(self) -> None:
         alphas = self.points
-        if len(set(alphas)) != len(alphas) or not {0.0, 1.0} <= set(alphas):
+        finite = all(map(math.isfinite, alphas))
+        if not finite or len(set(alphas)) != len(alphas) or not {0.0, 1.0} <= set(alphas):
             raise FinetuneError(f"--alphas {self.alphas}: expected each once, with both ends 0, 1")
         if not (self.extrapolate or all(0 <= alpha <= 1 for alpha in alphas)):
             raise FinetuneError(f"--alphas {self.alphas}: beyond 0 to 1 only with --extrapolate")
@@ -196,7 +197,7 @@ class CurveConfig:
                 f"--val-split and --split are both {self.split!r}: alpha would be chosen on the "
                 "data it is reported on; name another split, or use --rule fixed"
             )
-        if self.batch_size < 1 or self.workers < 0 or self.max_loss < 0:
+        if self.batch_size < 1 or self.workers < 0 or not 0 <= self.max_loss < math.inf:
             raise FinetuneError("--batch-size takes 1 or more, --workers and --max-loss 0 or more")
 
     @property

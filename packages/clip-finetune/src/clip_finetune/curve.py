@@ -39,8 +39,9 @@ def measure_curve(base: Path, finetuned: Path, out: Path, config: CurveConfig) -
 
     Raises:
         FinetuneError: models of different configuration or text tower, a set given twice, a set
-            without the split, more than 5% corrupt images, an `out` with another curve; heads and
-            sets whose classes do not fit (`set_heads.heads_of`).
+            without the split, a validation split that `finetuned` was trained on, more than 5%
+            corrupt images, an `out` with another curve; heads and sets whose classes do not fit
+            (`set_heads.heads_of`).
         ModelError: from a model directory or a set's class names and templates.
     """
     refuse_other_kind(finetuned, *(asdict(read_model_config(p)[0]) for p in (finetuned, base)))
@@ -48,6 +49,7 @@ def measure_curve(base: Path, finetuned: Path, out: Path, config: CurveConfig) -
     refuse_same_names([data for sets in tested.values() for data in sets])
     chosen_on = {"best-id": ("id", "control"), "best-mean": _ROLES, "fixed": ()}[config.rule]
     checked = {role: _open(getattr(config, role), config.val_split) for role in chosen_on}
+    _refuse_trained_on(finetuned, [data for sets in checked.values() for data in sets])
     everything = [
         (key, role, data)
         for key, of_role in (("test", tested), ("validation", checked))
@@ -112,6 +114,18 @@ def measure_curve(base: Path, finetuned: Path, out: Path, config: CurveConfig) -
 
 def _open(paths: tuple[Path, ...], split: str) -> list[LabelledSet]:
     return [open_set(path, split) for path in paths]
+
+
+def _refuse_trained_on(finetuned: Path, checked: list[LabelledSet]) -> None:
+    """The largest alpha would look best on what it learned by heart."""
+    provenance = read_model_config(finetuned)[1].get("provenance") or {}
+    learned = {task["data"] for task in provenance.get("tasks", [])}
+    for data in checked:
+        if data.fingerprint() in learned:
+            raise FinetuneError(
+                f"{finetuned} was trained on {data.path / data.split}, so alpha cannot be chosen "
+                "on it; name another --val-split, or use --rule fixed"
+            )
 
 
 def _describe(data: LabelledSet) -> dict[str, Any]:

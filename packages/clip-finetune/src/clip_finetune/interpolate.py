@@ -1,6 +1,7 @@
 """`clip-finetune interpolate` and `soup`: a model directory from two or several, heads included."""
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -42,8 +43,10 @@ def interpolate_models(
             configuration or shape, an `out` that is something else.
         ModelError: from either model directory.
     """
-    if not (extrapolate or 0 <= alpha <= 1):
-        raise FinetuneError(f"alpha is {alpha}; expected 0 to 1 (--extrapolate allows others)")
+    if not (0 <= alpha <= 1 or (extrapolate and math.isfinite(alpha))):
+        raise FinetuneError(
+            f"alpha is {alpha}; expected 0 to 1 (--extrapolate allows other numbers)"
+        )
     run = {"base": fingerprint_of(base), "finetuned": fingerprint_of(finetuned), "alpha": alpha}
     sources = {"command": "interpolate", "base_provenance": _provenance(base)}
     sources["finetuned_provenance"] = _provenance(finetuned)
@@ -71,7 +74,7 @@ def soup_models(
     shares = list(weights) or [1 / len(models)] * len(models)
     if len(shares) != len(models):
         raise FinetuneError(f"{len(shares)} --weights for {len(models)} models; give one for each")
-    if abs(sum(shares) - 1) > 1e-6:
+    if not abs(sum(shares) - 1) <= 1e-6:  # nor where one is NaN
         raise FinetuneError(f"--weights add up to {sum(shares):g}; expected 1")
     if min(shares) < 0 and not extrapolate:
         raise FinetuneError(
@@ -118,7 +121,7 @@ def starting_head(
 
 def blend_heads(heads: Sequence[Head], coefficients: Sequence[float]) -> Head:
     """The combination of heads of the same classes; an end is that head itself."""
-    if 1 in coefficients:
+    if [share for share in coefficients if share] == [1]:
         return heads[list(coefficients).index(1)]
     return replace(
         heads[0],
@@ -143,8 +146,8 @@ def _write(
         refuse_other(out, _provenance(out), run)
         log.info("%s is finished: nothing left to do", out)
         return {"status": "nothing left to do", **_result(out, run)}
-    building = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
+    building = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)  # of a command that was killed
     building.mkdir(parents=True)
     try:
         tool = f"clip-finetune {version('clip-finetune')}"
@@ -195,8 +198,16 @@ def _heads(
 
 
 def _blended(heads: Sequence[Head], coefficients: Sequence[float]) -> Head | None:
-    alike = {(head.class_names, head.feature) for head in heads}
-    return blend_heads(heads, coefficients) if len(alike) == 1 else None
+    """Heads of the same classes, those of later ones by name where names come once."""
+    names = heads[0].class_names
+    distinct = len(set(names)) == len(names)
+    alike = {
+        (tuple(sorted(head.class_names)) if distinct else head.class_names, head.feature)
+        for head in heads
+    }
+    if len(alike) > 1:
+        return None
+    return blend_heads([fit_head(head, names, "a head") for head in heads], coefficients)
 
 
 def _made_anew(models: Sequence[Path], building: Path, name: str, head: Head) -> Head | None:

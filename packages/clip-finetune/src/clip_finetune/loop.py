@@ -45,9 +45,11 @@ def train(model: Path, out: Path, config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         FinetuneError: see `open_tasks`; also a loss that is not finite, more than 5% corrupt
-            images, and an `out` or a train state of another run.
+            images, and an `out` or a train state of another run, or that cannot become a folder.
         ModelError: from the model directory.
     """
+    if not out.name or (out.is_symlink() and not out.exists()):
+        raise FinetuneError(f"{out} cannot become a new folder; name another OUT")
     tasks, run = describe_run(model, config)
     steps, _ = config.schedule(sum(len(task.data) for task in tasks))
     state = TrainState(out, run)
@@ -171,10 +173,12 @@ class Trainer:
         config, task = self.config, self.tasks[batch.source]
         # whatever is random (erasing, drop-path) is a function of the step too
         seed = derive_seed(config.seed, self.step, self.accelerator.process_index)
+        torch.manual_seed(seed)
+        if not batch.images.numel():  # no image of the set can be decoded, in any process
+            refuse_corrupt(task.data, len(task.data), 0)
         images_B3SS = self.loaded.preprocess.normalize(batch.images.to(self.device))
         if self.erase:
             images_B3SS = self.erase(images_B3SS, seed)
-        torch.manual_seed(seed)
         prompts_BL = self._prompts(task, batch) if config.method == "flyp" else None
         labels_B = batch.labels.to(self.device)
         loss, hits = self.wrapped(images_B3SS, labels_B, batch.source, prompts_BL)

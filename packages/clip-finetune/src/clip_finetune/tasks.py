@@ -59,11 +59,18 @@ def open_tasks(model: Path, config: TrainConfig) -> list[Task]:
     """Open every task of a run.
 
     Raises:
-        FinetuneError: two tasks of one name, a head that does not fit its set, a set without data.
+        FinetuneError: two tasks of one name, or a name that no head can have; a head that does not
+            fit its set, a set without data.
         ModelError: a head of another model, or none of that name.
     """
     sets = [open_set(path, config.train_split) for path in config.task]
     refuse_same_names(sets)
+    for data in sets:
+        if not data.name or data.name.startswith("."):
+            raise FinetuneError(
+                f"{data.path}: the folder's name becomes the name of a head, and {data.name!r} "
+                "cannot; rename the folder"
+            )
     if not config.head:
         return [Task(data) for data in sets]
     tasks: list[Task] = []
