@@ -93,12 +93,13 @@ class Metadata:
 
         Args:
             where: `NAME OP VALUE`, several with `and` between them. NAME is a column or a name in
-                the .json; OP is = != < <= > >= or ~ (contains, whatever the case).
+                the .json; OP is = != < <= > >= or ~ (contains, whatever the case). A VALUE may
+                be in quotes; of a truth value it is true or false.
 
         Raises:
             RetrievalError: it cannot be read, or no row has the name.
         """
-        tests = [_parse(term) for term in re.split(r"\s+and\s+", where.strip(), flags=re.I)]
+        tests = _parse(where.strip())
         in_json = [name for name, _ in tests if name not in COLUMNS.names]
         found = np.ones(len(self), bool)
         seen = set[str]()
@@ -144,22 +145,41 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def _parse(term: str) -> tuple[str, Callable[[Any], bool]]:
-    """`NAME OP VALUE` -> the name and a test of its value; numbers compare as numbers."""
-    match = re.fullmatch(r"\s*([\w.-]+)\s*(!=|<=|>=|=|<|>|~)\s*(.+?)\s*", term)
-    if match is None:
-        raise RetrievalError(
-            f"--where {term!r} is not `NAME OP VALUE` with = != < <= > >= or ~ (contains)"
-        )
-    name, compare, text = match[1], _OPERATORS[match[2]], match[3].strip("'\"")
-    try:
-        number = float(text)
+_TERM = re.compile(
+    r"""\s*([\w.-]+)\s*(!=|<=|>=|=|<|>|~)\s*(?:(["'])(.*?)\3|(.+?))(?:\s+and\s+|$)""",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _parse(where: str) -> list[tuple[str, Callable[[Any], bool]]]:
+    """`NAME OP VALUE and …` -> each name and a test of its value."""
+    tests: list[tuple[str, Callable[[Any], bool]]] = []
+    place = 0
+    while place < len(where) or not tests:
+        match = _TERM.match(where, place)
+        if match is None:
+            raise RetrievalError(
+                f"--where {where[place:]!r} is not `NAME OP VALUE` with = != < <= > >= or ~ "
+                "(contains)"
+            )
+        tests.append((match[1], _test(match[2], match[5] or match[4])))
+        place = match.end()
+    return tests
+
+
+def _test(sign: str, text: str) -> Callable[[Any], bool]:
+    """A test of a value; numbers compare as numbers."""
+    compare = _OPERATORS[sign]
+    try:  # an integer as itself: a float has 53 bits
+        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
     except ValueError:
         number = None
 
     def test(value: Any) -> bool:
-        if number is not None and isinstance(value, int | float) and match[2] != "~":
+        if number is not None and isinstance(value, int | float) and sign != "~":
             return compare(value, number)
+        if isinstance(value, bool):
+            return compare(str(value).lower(), text.lower())
         return compare(str(value), text)
 
-    return name, test
+    return test
