@@ -243,3 +243,8 @@ def test_usage_errors(index: Path, model: Path, shards: Path, tmp_path: Path) ->
     assert run("eval", model, shards, "--recall-k", "0,5").exit_code == 2
     assert run("build-index", model, shards, tmp_path / "x", "--max-memory", "much").exit_code == 2
     assert run("build-index", model, shards, tmp_path / "x", "--target-recall", 0).exit_code == 2
+    (tmp_path / "img_emb").mkdir()
+    result = run("build-index", tmp_path, tmp_path / "x", "--thumbnails", 64)
+    assert (result.exit_code, "holds embeddings" in result.stderr) == (2, True)
+    result = run("build-index", "--remove", "-", index, "--thumbnails", 64, stdin=b"none")
+    assert (result.exit_code, "the INDEX only" in result.stderr) == (2, True)

@@ -1,6 +1,7 @@
 """Embeddings in clip-retrieval's layout: what is written, resumed, shared out, and refused."""
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -12,13 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from clip_models import load_model
 from clip_retrieval import Index, RetrievalError, build_index, embed_source
+from clip_retrieval.cli import main
 from clip_retrieval.embed import embed_texts
 from clip_retrieval.embeddings import Embeddings
 from PIL import Image
 
-from .conftest import caption, picture
+from .conftest import caption, picture, write_tar
+
+# the picture lies on its side, and the camera's name is a fraction
+BROKEN_EXIF = bytes.fromhex(
+    "457869660000 49492a0008000000 0200 120103000100000006000000 0f0105000100000008000000 00000000"
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,27 @@ def test_folders_and_captions(model: Path, tmp_path: Path) -> None:
     texts = Index(tmp_path / "text-index")
     query = embed_texts(load_model(model), ["a blue dog"])
     assert texts.nearest(query, 1)[0][0].caption == "a blue dog"
+
+
+def test_odd_samples(model: Path, tmp_path: Path) -> None:
+    """One is left out, the others are whole, thumbnails and all; a torn sidecar is no index."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture(1))).save(file, "JPEG", exif=BROKEN_EXIF)
+    samples = [(f"{n:02d}", {"png": picture(n)}) for n in range(19)]
+    samples += [("19", {"jpg": file.getvalue(), "json": b'{"url": "http://x/\\ud800.png"}'})]
+    samples += [("caf\udce9", {"png": picture(2)})]
+    tar = write_tar(tmp_path / "shards" / "00000.tar", samples)
+    tar.with_suffix(".index.json").write_text('{"format": 1, "ke')
+    build_index(model, tmp_path / "shards", tmp_path / "index", workers=0, thumbnails=16)
+    index = Index(tmp_path / "index")
+    assert (len(index), index.facts["failed"]) == (20, 1)
+    assert index.row(19)["url"] == "http://x/?.png"
+    assert Image.open(io.BytesIO(index.thumbnail(19) or b"")).size == (16, 16)
+    result = CliRunner().invoke(main, ["query", str(tmp_path / "index"), "--text", "cat", "-k20"])
+    assert result.exit_code == 0, result.output
+    hits = json.loads(result.stdout)["hits"]
+    (odd,) = (hit["json"] for hit in hits if hit["row"] == 19)
+    assert odd == {"url": "http://x/\ud800.png"}
 
 
 def test_as_clip_retrieval_makes_them(model: Path, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from clip_models import load_model
 from clip_retrieval import Index, RetrievalError, build_index
 from clip_retrieval.cli import main
 from clip_retrieval.embed import embed_image, embed_texts
+from clip_retrieval.metadata import COLUMNS, Metadata, MetadataWriter
 
 from .conftest import picture, training_sample, write_tar
 
@@ -76,6 +78,30 @@ def test_threshold_and_filter(index: Path) -> None:
             opened.search(query, 5, where=where)
 
 
+def test_values_of_a_filter(tmp_path: Path) -> None:
+    rows = [
+        {"key": "a", "caption": "Salt and pepper", "json": '{"n": 9007199254740993, "ok": true}'},
+        {"key": "b", "caption": "salt", "json": '{"n": 9007199254740992, "ok": false}'},
+        {"key": "c", "caption": "it's pepper", "json": '{"n": 2.5}'},
+    ]
+    writer = MetadataWriter(tmp_path / "m")
+    writer.write(pa.Table.from_pylist(rows, schema=COLUMNS))
+    writer.close()
+    metadata = Metadata(tmp_path / "m")
+    for where, expected in {
+        "caption ~ 'salt and pepper'": [0],
+        'caption ~ "salt and" and ok = true': [0],
+        "caption ~ salt and ok = FALSE": [1],
+        "caption ~ it's and key != 'b'": [2],
+        "ok = 1": [0],
+        "n = 9007199254740993": [0],
+        "n >= 9007199254740992": [0, 1],
+        "n < 3e2": [2],
+        "caption = ''": [],
+    }.items():
+        assert metadata.matching(where).tolist() == expected, where
+
+
 def test_duplicates_are_folded(index: Path) -> None:
     opened = Index(index)
     plain, folded = (opened.search(opened.vector(0)[None], 3, fold=f)[0] for f in (None, 0.99999))
@@ -128,11 +154,13 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 def test_an_image_behind_a_url(index: Path, address: str, tmp_path: Path) -> None:
-    (tmp_path / "p.png").write_bytes(picture(7))
-    (found,) = answers(run("query", index, "--image", f"{address}/p.png", "-k", 1))
-    assert found["hits"][0]["row"] == 7
+    (tmp_path / "p é.png").write_bytes(picture(7))
+    for name in ("p é.png", "p%20%C3%A9.png"):
+        (found,) = answers(run("query", index, "--image", f"{address}/{name}", "-k", 1))
+        assert found["hits"][0]["row"] == 7
     for url, message in (
         (f"{address}/none.png", "HTTP status 404"),
+        ("http://[::1/x.png", "Invalid IPv6 URL"),
         ("http://192.0.2.1/p.png", "is not on this machine"),
         ("https://127.0.0.1/p.png", "is not on this machine"),
         ("http://127.0.0.1:1/p.png", "refused"),

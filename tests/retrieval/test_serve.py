@@ -24,13 +24,14 @@ from clip_retrieval import (
     build_index,
     query_index,
     serve_app,
+    serve_index,
     serve_requests,
 )
 from clip_retrieval import serve as serving
 from clip_retrieval.change import append, remove
 from clip_retrieval.cli import main
 from clip_retrieval.serve import Server, make_server
-from clip_retrieval.serve_index import Opened
+from clip_retrieval.serve_index import Opened, ServedIndex
 from PIL import Image
 
 from .conftest import caption, make_shards, picture, write_tar
@@ -216,6 +217,25 @@ def test_pictures(client: httpx.Client, index: Path) -> None:
     assert "no index" in refusal(client.get("/image/none/0"), 400)
 
 
+def test_small_pictures(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model sees them: upright, though the camera's name in the EXIF is a fraction."""
+    turned, glass = io.BytesIO(), io.BytesIO()
+    exif = "457869660000 49492a0008000000 0200 120103000100000006000000 0f0105000100000008000000"
+    Image.new("RGB", (500, 250)).save(turned, "JPEG", exif=bytes.fromhex(exif + "00000000"))
+    Image.new("RGBA", (500, 250), (255, 0, 0, 0)).save(glass, "PNG")
+    for data, size, mode in (
+        (turned.getvalue(), (200, 400), "RGB"),
+        (glass.getvalue(), (400, 200), "RGBA"),
+    ):
+        monkeypatch.setattr(Index, "image", lambda *_, data=data: data)
+        answer = client.get("/thumbnail/tiny/1")
+        small = Image.open(io.BytesIO(answer.content))
+        assert (answer.status_code, small.size, small.mode) == (200, size, mode)
+    for data in (png(14_000, 14_000), b"GIF89a"):
+        monkeypatch.setattr(Index, "image", lambda *_, data=data: data)
+        refusal(client.get("/thumbnail/tiny/1"), 404)
+
+
 def test_metrics(client: httpx.Client) -> None:
     ask(client, text="cat")
     ask(client, image=image_field(picture(3)))
@@ -376,6 +396,24 @@ def test_an_index_of_another_model_is_not_taken_up(
         wait_until(lambda: "another model's now" in caplog.text)
         assert client.post("/knn-service", json={"text": "cat"}).json() == before
         assert caplog.text.count("another model's now") == 1
+
+
+def test_the_device_is_the_searchs_too(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Told(Index):
+        def __init__(self, path: Path, device: str = "cpu") -> None:
+            asked.append(device)
+            super().__init__(path)
+
+    monkeypatch.setattr(serve_index, "Index", Told)
+    served = ServedIndex(shutil.copytree(index, tmp_path / "index"), None, "auto", 0.94)
+    remove(tmp_path / "index", ["000000000"])
+    served.refresh()
+    assert asked == ["auto", "auto"]
+    assert len(served.now.index) == 39
 
 
 def wait_until(true: Callable[[], bool]) -> None:

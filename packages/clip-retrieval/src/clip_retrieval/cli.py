@@ -118,9 +118,10 @@ def build_index_command(
     embeddings, or the INDEX appended to, name it. Writes the index directory INDEX. A build, or a
     change, that was interrupted continues where it was.
     """
+    given = {n for n in options if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE}
     if remove is not None:
-        if len(paths) != 1 or append:
-            raise click.UsageError("--remove takes the INDEX only")
+        if len(paths) != 1 or append or given - {"device"}:
+            raise click.UsageError("--remove takes the INDEX only, and --device")
         from clip_retrieval.change import remove as run
 
         keys = {line.strip() for line in remove if line.strip()}
@@ -129,10 +130,14 @@ def build_index_command(
     if len(paths) not in (2, 3):
         raise click.UsageError("expected [MODEL] SOURCE INDEX")
     model, source, index = (None, *paths) if len(paths) == 2 else paths
+    from clip_retrieval.embeddings import is_embeddings
+
+    if options["thumbnails"] and is_embeddings(source):
+        raise click.UsageError(f"{source} holds embeddings; give --thumbnails to `embed`")
     if append:
         for name in ("target_recall", "max_memory", "family"):
             options.pop(name)
-            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            if name in given:
                 raise click.UsageError(f"--append keeps the --{name.replace('_', '-')} of INDEX")
         from clip_retrieval.change import append as add
 

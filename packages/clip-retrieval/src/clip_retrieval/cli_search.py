@@ -51,7 +51,7 @@ _PATHS = click.Path(path_type=Path, allow_dash=True)
     "--where",
     metavar="FILTER",
     help="Only rows like this: NAME OP VALUE, several joined by `and`; NAME is a column or a name "
-    "in the json, OP one of = != < <= > >= ~ (contains).",
+    "in the json, OP one of = != < <= > >= ~ (contains); VALUE may be in quotes.",
 )
 @click.option(
     "--fold",
@@ -90,7 +90,14 @@ def query(
         raise click.UsageError("give at least one --text, --image or --embedding")
     if sum(str(path) == "-" for path in (*images, *embeddings, *less_images)) > 1:
         raise click.UsageError("stdin can be read once only")
-    from clip_retrieval.query import Query, fetch_image, minus, query_index, read_embeddings
+    from clip_retrieval.query import (
+        Query,
+        fetch_image,
+        minus,
+        query_index,
+        read_embeddings,
+        to_json,
+    )
     from clip_retrieval.search import Index
     from clip_retrieval.sheet import contact_sheet, table
 
@@ -112,7 +119,7 @@ def query(
     elif style == "table":
         text = table(answers)
     else:
-        text = "\n".join(json.dumps(a.to_dict(), ensure_ascii=False) for a in answers)
+        text = "\n".join(to_json(answer.to_dict()).decode() for answer in answers)
     if output is None:
         click.echo(text)
         return

@@ -2,7 +2,6 @@
 
 # B batch, N rows, D embedding width, S image size
 
-import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,12 @@ import numpy as np
 import torch
 from clip_models import LoadedModel, ModelError, Preprocess
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from clip_retrieval.errors import RetrievalError
+from clip_retrieval.pictures import thumbnail
 from clip_retrieval.shards import Sample
 from clip_retrieval.sources import Part, shard_part
 
@@ -223,9 +222,14 @@ class _Batches(IterableDataset[_Batch | Exception]):
             if sample.image is None:
                 failures.append(f"{sample.key}: no image member")
                 continue
+            file = part.image_file(sample)
             try:
+                (file + sample.key).encode()  # the metadata is UTF-8
                 data = part.read(sample, sample.image_extension)
                 images.append(self.preprocess.eval(data))
+            except UnicodeEncodeError:
+                failures.append(f"{sample.key!a} in {file!a}: a name that is not UTF-8")
+                continue
             except ModelError as error:
                 failures.append(f"{sample.key}: {error}")
                 continue
@@ -236,21 +240,9 @@ class _Batches(IterableDataset[_Batch | Exception]):
             }
             caption = texts.get("txt", "").strip() or None
             shown = thumbnail(data, self.thumbnails) if self.thumbnails else None
-            file = part.image_file(sample)
             records.append(
                 Record(sample.key, caption, texts.get("json"), file, *sample.image, shown)
             )
         size = self.preprocess.size
         stacked = torch.stack(images) if images else torch.empty(0, 3, size, size).byte()
         return _Batch(stacked, records, failures, last)
-
-
-def thumbnail(data: bytes, side: int) -> bytes:
-    """A picture as an upright JPEG whose longer side has at most `side` pixels."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (side, side))  # a JPEG is decoded at a fraction of its size
-        small = ImageOps.exif_transpose(image).convert("RGB")
-        small.thumbnail((side, side))
-        file = io.BytesIO()
-        small.save(file, "JPEG", quality=80)
-        return file.getvalue()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 from clip_models import LoadedModel, ModelError
@@ -63,6 +63,19 @@ class Answer:
         terms = [term.to_dict() for term in self.terms]
         asked = terms[0] if len(terms) == 1 else {"combined": terms}
         return {"query": asked, "hits": [hit.to_dict() for hit in self.hits]}
+
+
+def to_json(value: Any) -> bytes:
+    """JSON that every reader takes, of what a shard's .json may hold.
+
+    NaN becomes null, and half of a surrogate pair the escape that JSON has for it.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        text = json.dumps(plain, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
 
 
 def query_index(
@@ -157,10 +170,9 @@ def fetch_image(url: str) -> bytes:
     Raises:
         RetrievalError: another host, no answer, or too large a one.
     """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
     try:
-        addresses = {info[4][0] for info in socket.getaddrinfo(host, parts.port or 80)}
+        parts = urlsplit(url)
+        addresses = {i[4][0] for i in socket.getaddrinfo(parts.hostname or "", parts.port or 80)}
     except (OSError, ValueError) as error:
         raise RetrievalError(f"{url}: {error}") from error
     if parts.scheme != "http" or not all(ipaddress.ip_address(a).is_loopback for a in addresses):
@@ -171,10 +183,11 @@ def fetch_image(url: str) -> bytes:
     connection = http.client.HTTPConnection(str(min(addresses)), parts.port, timeout=_SECONDS)
     try:
         target = f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}"
+        target = quote(target, safe="/?%!$&'()*+,;=:@~")  # what is quoted stays as it is
         connection.request("GET", target, headers={"Host": parts.netloc})
         answer = connection.getresponse()
         data = answer.read(_MAX_IMAGE + 1)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise RetrievalError(f"{url}: {error}") from error
     finally:
         connection.close()

@@ -25,6 +25,7 @@ from typing import Any
 
 import anyio
 from anyio.to_thread import run_sync
+from clip_models import ImageError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,10 +37,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clip_retrieval.errors import RetrievalError
+from clip_retrieval.pictures import media_type, tile
+from clip_retrieval.query import to_json
 from clip_retrieval.serve_batches import Batches, QueueFullError
-from clip_retrieval.serve_index import Answer, ServedIndex, describe, to_json
+from clip_retrieval.serve_index import Answer, ServedIndex, describe
 from clip_retrieval.serve_metrics import Metrics
-from clip_retrieval.serve_pictures import media_type, thumbnail
 from clip_retrieval.serve_requests import (
     Bodies,
     Question,
@@ -229,11 +231,11 @@ class Service:
             return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
 
         def read() -> bytes:
-            return thumbnail(index, row) if small else index.image(row)
+            return (index.thumbnail(row) or tile(index.image(row))) if small else index.image(row)
 
         try:
             data = await run_sync(read, limiter=self._decoders if small else None)
-        except (RetrievalError, OSError) as error:
+        except (RetrievalError, ImageError, OSError) as error:
             raise RefusedError(HTTPStatus.NOT_FOUND, str(error)) from error
         return Response(data, media_type=media_type(data), headers=headers)
 

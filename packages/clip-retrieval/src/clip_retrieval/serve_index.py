@@ -19,6 +19,7 @@ from torch import Tensor
 from clip_retrieval.embed import embed_texts
 from clip_retrieval.errors import RetrievalError
 from clip_retrieval.layout import read_facts
+from clip_retrieval.query import to_json
 from clip_retrieval.search import Index
 from clip_retrieval.serve_metrics import Metrics
 from clip_retrieval.serve_requests import Question, RefusedError, bad
@@ -40,8 +41,8 @@ class Answer:
 class Opened:
     """An index, and a name for its contents: with the same one an id means the same picture."""
 
-    def __init__(self, path: Path) -> None:
-        self.index = Index(path)
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self.index = Index(path, device)
         self.version = hashlib.sha256(json.dumps(self.index.facts).encode()).hexdigest()[:12]
 
 
@@ -59,9 +60,9 @@ class ServedIndex:
     """
 
     def __init__(self, path: Path, model: Path | None, device: str, fold: float) -> None:
-        self.fold = fold
+        self.fold, self._device = fold, device
         self._complaint = ""
-        self.now = Opened(path)
+        self.now = Opened(path, device)
         self.loaded: LoadedModel = self.now.index.load_model(model, device)
 
     def refresh(self) -> None:
@@ -70,7 +71,7 @@ class ServedIndex:
             old = self.now.index
             if read_facts(old.path) == old.facts:  # another generation, or one that was built anew
                 return
-            new = Opened(old.path)
+            new = Opened(old.path, self._device)
             if new.index.facts["inputs"] != old.facts["inputs"]:
                 raise RetrievalError(f"{old.path} is another model's now; start serve again")
         except (RetrievalError, OSError) as error:
@@ -148,12 +149,3 @@ def describe(index: Index, row: int) -> dict[str, Any]:
     columns = values["json"] if isinstance(values["json"], dict) else {}
     url = {"url": values["url"]} if values["url"] else {}
     return columns | url | {name: values[ours] for name, ours in _COLUMNS.items()}
-
-
-def to_json(value: Any) -> bytes:
-    """JSON that every reader takes: NaN, which a shard's .json may hold, becomes null."""
-    try:
-        return json.dumps(value, allow_nan=False).encode()
-    except ValueError:
-        plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
-        return json.dumps(plain).encode()

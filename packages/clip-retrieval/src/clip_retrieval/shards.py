@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from clip_retrieval.errors import RetrievalError
 
@@ -83,7 +83,10 @@ def _sidecar(shard: Path) -> dict[str, Any] | None:
     path = shard.with_suffix(".index.json")
     if not path.is_file():
         return None
-    index: dict[str, Any] = json.loads(path.read_bytes())
+    try:
+        index: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError:  # torn: the tar itself says the same
+        return None
     fits = index.get("format") == 1 and index.get("tar_bytes") == shard.stat().st_size
     return index if fits else None
 
@@ -106,9 +109,3 @@ def _scan(shard: Path) -> Iterator[Sample]:
         raise RetrievalError(f"{shard} is not a whole uncompressed tar: {error}") from error
     if members:
         yield Sample(key, members)
-
-
-def read_span(file: BinaryIO, span: Span) -> bytes:
-    """The bytes of one member of an open shard."""
-    file.seek(span[0])
-    return file.read(span[1])

@@ -4,6 +4,7 @@ import base64
 import html
 from collections.abc import Callable, Iterator, Sequence
 
+from clip_retrieval.pictures import media_type
 from clip_retrieval.query import Answer, Query
 from clip_retrieval.search import Hit
 
@@ -53,13 +54,8 @@ def _page(answers: Sequence[Answer], picture: Callable[[int], bytes]) -> Iterato
 
 
 def data_uri(image: bytes) -> str:
-    """An encoded picture as a data URI; its type is told from its first bytes."""
-    kind = "jpeg"
-    if image.startswith(b"\x89PNG"):
-        kind = "png"
-    elif image.startswith(b"RIFF"):
-        kind = "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    """An encoded picture as a data URI."""
+    return f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}"
 
 
 def _title(answer: Answer) -> str:

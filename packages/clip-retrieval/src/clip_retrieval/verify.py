@@ -2,7 +2,6 @@
 
 # N rows, D embedding width
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from clip_retrieval.errors import RetrievalError
 from clip_retrieval.layout import generation, read_facts
 from clip_retrieval.search import Index
 from clip_retrieval.vectors import BLOCK_ROWS, Float32, check_unit
-
-log = logging.getLogger(__name__)
 
 _ASKED = 1_000  # rows that must find themselves
 _FOUND = 0.95  # of these; a lossy code may miss some
