@@ -72,6 +72,26 @@ def test_gives_up_when_nothing_can_be_read(tmp_path: Path) -> None:
     assert failure.startswith(f"{MAX_REPLACED} unreadable samples in a row")
 
 
+@pytest.mark.parametrize("broken", ["missing", "truncated"])
+def test_samples_of_a_broken_shard_are_replaced(tmp_path: Path, broken: str) -> None:
+    for name in "01":
+        write_shard(tmp_path / f"{name}.tar", {f"{name}{i}": pair(i) for i in range(4)})
+    (tmp_path / "sizes.json").write_text('{"0.tar": 4, "1.tar": 4}')
+    opened = batches(tmp_path, batch_size=2)
+    if broken == "missing":
+        (tmp_path / "1.tar").unlink()
+    else:
+        with (tmp_path / "1.tar").open("r+b") as file:
+            file.truncate(5000)
+    found = [opened[step] for step in range(4)]
+    assert all(b.failure is None and len(b.images_b3SS) == 2 for b in found)
+    named = {line.partition(": ")[0] for b in found for line in b.unreadable}
+    assert named == {f"{tmp_path.name}/1.tar/row {i}" for i in range(4)}
+    assert {name.rpartition("/")[2] for step in range(4) for name in opened.names(step)} == {
+        *("00", "01", "02", "03", "row 0", "row 1", "row 2", "row 3")
+    }
+
+
 def test_wrong_sizes_json(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", {f"k{i}": pair(i) for i in range(4)})
     (tmp_path / "sizes.json").write_text('{"0.tar": 5}')

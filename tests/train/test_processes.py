@@ -13,6 +13,7 @@ import pytest
 import torch
 from clip_models import architecture
 from clip_train import metrics
+from clip_train.state import newest_state
 from safetensors.torch import load_file
 
 from .conftest import ROOT, arguments, children, kill_all, run, start, torchrun, write_shard
@@ -73,6 +74,18 @@ def test_accelerate_launch_from_the_root(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stops_with_its_launcher(data: Path, tmp_path: Path) -> None:
+    """SIGTERM to `accelerate launch` alone, which dies of it and passes nothing on."""
+    launch = ["accelerate", "launch", "--cpu", "clip-train"]
+    process = start([*launch, *arguments(data, tmp_path / "run", samples_seen=160000)])
+    wait_for_step(process, tmp_path / "run", 2)
+    process.terminate()
+    out, err = process.communicate(timeout=60)  # until the child has closed its own, too
+    assert json.loads(out)["status"] == "stopped", err
+    assert newest_state(tmp_path / "run") is not None
+
+
+@pytest.mark.slow
 def test_refuses_processes_that_train_alone(data: Path, tmp_path: Path) -> None:
     """accelerate's --multi_gpu without GPUs starts two that each believe they are alone."""
     hidden = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -119,7 +132,7 @@ def test_killed_and_resumed(
 ) -> None:
     """SIGKILL at ten random steps: the weights of an uninterrupted run."""
     command = ALONE if processes == 1 else torchrun(processes)
-    settings = changed | {"save_every": 1, "workers": 1, "ema": 0.9}
+    settings = changed | {"save_every": 3, "workers": 1, "ema": 0.9}
     omp = {"OMP_NUM_THREADS": str(threads)}
     whole = run([*command, *arguments(data, tmp_path / "whole", **settings)], **omp)
     assert whole.returncode == 0, whole.stderr
@@ -141,14 +154,14 @@ def test_killed_and_resumed(
 
 SPREAD = [
     (2, {}),
-    (1, {}),
     (4, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+    (1, {}),
 ]
 
 
 @pytest.mark.slow
-def test_two_then_one_then_four_processes(data: Path, tmp_path: Path) -> None:
-    """DDP, alone, FSDP2: the stream, and within rounding the losses, of one process throughout."""
+def test_two_then_four_then_one_process(data: Path, tmp_path: Path) -> None:
+    """DDP, FSDP2, alone: the stream, and within rounding the losses, of one process throughout."""
     settings = {"samples_seen": 140, "batch_size": 8, "ema": 0.9}
     whole = run([*ALONE, *arguments(data, tmp_path / "whole", **settings)])
     output = tmp_path / "spread"
@@ -210,8 +223,9 @@ def test_a_lost_process_ends_the_run(data: Path, tmp_path: Path) -> None:
     wait_for_step(process, tmp_path / "run", 2)
     ranks = [pid for pid in children(process.pid) if environment_of(pid).get("RANK") == "1"]
     os.kill(ranks[0], signal.SIGKILL)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode != 0
+    assert "Error: a process of the run was lost" in err
 
 
 def environment_of(pid: int) -> dict[str, str]:
@@ -232,6 +246,7 @@ def test_a_dead_worker_ends_the_run(data: Path, tmp_path: Path) -> None:
     assert process.returncode != 0
     assert "DataLoader worker" in err
     assert "killed by signal" in err
+    assert newest_state(output) is not None  # not by --save-every, which is 500
 
 
 def test_root_file_is_for_launchers() -> None:

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import clip_train
 import pytest
 import torch
 from clip_models import architecture, load_model
-from clip_train import TrainConfig, TrainError, loop, metrics, train
+from clip_train import TrainConfig, TrainError, loop, metrics, processes, train
 from clip_train.state import newest_state
 from safetensors.torch import load_file
 
@@ -68,7 +71,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_a_run_leaves(data: Path, uninterrupted: Path) -> None:
     assert sorted(p.name for p in uninterrupted.iterdir()) == [
-        "loss.png", "metrics.jsonl", "model", "run.json", "state",
+        ".lock", "loss.png", "metrics.jsonl", "model", "run.json", "state",
     ]  # fmt: skip
     assert [p.name for p in sorted((uninterrupted / "state").iterdir())] == [
         "step-00000008", "step-00000012",
@@ -209,6 +212,9 @@ def test_too_many_unreadable_samples(tmp_path: Path, caplog: pytest.LogCaptureFi
     with pytest.raises(TrainError, match=r"unreadable samples .*--max-error-share 0.05"):
         train(config(tmp_path, tmp_path / "strict"))
     assert "0.tar/k17: not a readable image" in caplog.text
+    step = metrics.read_rows(tmp_path / "strict")[-1]["step"]  # not one of --save-every
+    assert newest_state(tmp_path / "strict") == tmp_path / f"strict/state/step-{step:08}"
+    assert step % 4
     summary = train(config(tmp_path, tmp_path / "lenient", max_error_share=0.2))
     assert summary.status == "finished"
     assert summary.unreadable >= 7  # three an epoch, 2.4 epochs
@@ -238,6 +244,107 @@ def test_processes_that_the_launcher_did_not_start(
     with pytest.raises(TrainError, match="asked for several processes, but this one finds 1"):
         train(config(data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["settings", "train state"])
+def test_processes_must_see_the_same_disk(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    calls: list[Any] = []
+
+    def gather(found: list[Any]) -> list[Any]:
+        calls.append(found)
+        return [*found, "another"] if len(calls) > call else found * 2
+
+    monkeypatch.setattr(processes, "gather_object", gather)
+    with pytest.raises(TrainError, match="--output must be on a disk that all share"):
+        train(config(data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_is_one_process_s(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from clip_train.state import lock_run\n"
+        "lock = lock_run(Path(sys.argv[1])); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(TrainError, match="another process is training it"):
+            train(config(data, run))
+        other.kill()
+    assert not (run / "run.json").exists()
+    train(config(data, run, samples_seen=24))
+
+
+def test_srun_without_a_launcher(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(TrainError, match=r"srun started 8 tasks.*torchrun or accelerate launch"):
+        train(config(data, tmp_path / "run"))
+
+
+def test_out_of_memory(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop.Stepper, "step", step)
+    with pytest.raises(TrainError, match=r"CUDA out of memory.*--micro-batch-size.*-checkpointing"):
+        train(config(data, tmp_path / "run"))
+
+
+def test_settings_of_accelerate_that_are_not_read(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setattr(processes, "_live_with_the_launcher", lambda: None)
+    processes.start_processes(config(data, tmp_path / "run"))
+    warned = [r.message.rpartition("--")[2] for r in caplog.records if r.name.startswith("clip")]
+    assert warned == ["precision", "compile", "micro-batch-size"]
+    caplog.clear()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    processes.start_processes(config(data, tmp_path / "run", precision="bf16"))
+    assert not caplog.records
+
+
+def test_only_a_later_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun passes on to its children what they got as well."""
+    ended: list[int] = []
+    now = [5.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    with processes.Agreement(1) as agreement:
+        for number in [signal.SIGTERM] * 2 + [signal.SIGINT] * 2:
+            assert signal.getsignal(number) == agreement._request_stop  # pyright: ignore[reportPrivateUsage]
+            os.kill(os.getpid(), number)
+        assert not ended
+        assert agreement.stop_requested
+        now[0] += 2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT]
+
+
+def test_auto_precision_is_what_the_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A V100 emulates bf16; TF32 is for fp32 towers, not for the loss beside bf16 ones."""
+    set_to: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    cuda = torch.device("cuda")
+    for native in (True, False):
+
+        def supported(including_emulation: bool = True, native: bool = native) -> bool:
+            return including_emulation or native
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert processes.choose_precision("auto", cuda) == ("bf16" if native else "fp32")
+    assert set_to == ["highest", "high"]
 
 
 def test_loss_is_plotted(uninterrupted: Path) -> None:

@@ -20,6 +20,12 @@ def test_finds_directory_braces_and_glob(data: Path) -> None:
     assert find_shards(f"{data}/0000[01].tar") == everything[:2]
 
 
+def test_skips_what_macos_leaves(tmp_path: Path) -> None:
+    for name in ("0.tar", "._0.tar"):
+        write_shard(tmp_path / name, {})
+    assert find_shards(str(tmp_path)) == [tmp_path / "0.tar"]
+
+
 def test_braces() -> None:
     assert expand_braces("a{08..11}b{x,y}") == [
         f"a{i}b{c}" for i in ("08", "09", "10", "11") for c in "xy"
@@ -63,6 +69,10 @@ def test_index_is_used_only_if_it_belongs_to_the_tar(tmp_path: Path) -> None:
     index["tar_bytes"] -= 1
     (tmp_path / "0.index.json").write_text(json.dumps(index))
     assert Shard(tar).keys == ["a", "b"]
+    index["tar_bytes"] += 2
+    (tmp_path / "0.index.json").write_text(json.dumps(index))
+    with pytest.raises(TrainError, match=r"0\.tar: truncated: 10240 of 10241 bytes"):
+        Shard(tar)
 
 
 def test_shards_without_pairs(tmp_path: Path) -> None:
@@ -185,7 +195,10 @@ def test_counting_many_tars_shows_in_the_log(
 def test_manifests_of_all_folders(two: tuple[Path, Path]) -> None:
     a, b = two
     assert open_data(f"{a}::{b}").manifest_hash is None
+    (a / "manifest.json").write_text('{"shards": [{"name": "0.tar", "bytes": 99999}]}')
+    with pytest.raises(TrainError, match=r"0\.tar: truncated: \d+ of 99999 bytes"):
+        open_data(str(a))
     (a / "manifest.json").write_text("{}")
     assert open_data(str(a)).manifest_hash == f"sha256:{hashlib.sha256(b'{}').hexdigest()}"
-    (b / "manifest.json").write_text("[]")
-    assert open_data(f"{a}::{b}").manifest_hash == f"sha256:{hashlib.sha256(b'{}[]').hexdigest()}"
+    (b / "manifest.json").write_text("{ }")
+    assert open_data(f"{a}::{b}").manifest_hash == f"sha256:{hashlib.sha256(b'{}{ }').hexdigest()}"

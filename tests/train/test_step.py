@@ -9,7 +9,7 @@ import pytest
 import torch
 from clip_models import CLIP, ModelConfig, architecture
 from clip_train import TrainConfig, TrainError
-from clip_train.optimizers import decays, make_optimizer
+from clip_train.optimizers import decays, load_whole_state, make_optimizer, whole_state
 from clip_train.step import MAX_LOGIT_SCALE, Stepper, learning_rate
 from open_clip.loss import SigLipLoss
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
@@ -73,6 +73,15 @@ def test_weight_decay_groups_are_open_clips(values: object) -> None:
     assert [group["weight_decay"] for group in groups] == [0.2, 0.0, 0.0]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert [len(p.shape) for p in groups[2]["params"]] == [0]  # the logit scale
+
+
+def test_settings_of_the_new_run_hold() -> None:
+    """--rebase may change them: only the state is taken up."""
+    changed = {"weight_decay": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-8}
+    old, new = (make_optimizer(CLIP(architecture("XS")), config(**c)) for c in ({}, changed))
+    load_whole_state(new, whole_state(old, main=True))
+    assert [group["weight_decay"] for group in new.param_groups] == [0.01, 0.0, 0.0]
+    assert all((g["betas"], g["eps"]) == ((0.8, 0.95), 1e-8) for g in new.param_groups)
 
 
 @pytest.mark.parametrize("bias", [None, -10.0], ids=["clip", "siglip"])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from clip_train.sharding import local, shard_like, whole
+from clip_train.sharding import gather_one, local, shard_like
 
 
 class Ema:
@@ -32,9 +32,9 @@ class Ema:
         for name in now.keys() - set(names):
             self._means[name].copy_(now[name])
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """The means under the model's names; where sharded, every process must ask for them."""
-        return {name: whole(t) for name, t in self._means.items()}
+    def whole_state(self, *, main: bool = True) -> dict[str, Tensor]:
+        """The means under the model's names, as `gather_one`; every process must ask for them."""
+        return {name: gather_one(t, main) for name, t in self._means.items()}
 
     def load_whole_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `whole_state` gave."""

@@ -3,7 +3,8 @@
 # b batch of this process, S image size, L context length
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from clip_train.order import Stream, derive_seed
 from clip_train.shards import Shard, open_shard
 
 MAX_REPLACED = 100  # unreadable samples in a row after which the disk, not a sample, is broken
-STALLED = 600  # seconds without a batch after which the loader gives up
+STALLED = 300  # seconds without a batch after which the loader gives up
 
 
 class Batch(NamedTuple):
@@ -62,6 +63,7 @@ class Batches(Dataset[Batch]):
         self.rank = rank
         self.share = batch_size // world
         self.first = first
+        self._broken: dict[int, str] = {}  # shards that are no tars, and why
 
     def start(self, step: int) -> int:
         """The place in the stream at which the global batch of a step starts."""
@@ -71,8 +73,8 @@ class Batches(Dataset[Batch]):
     def names(self, step: int) -> list[str]:
         """The samples of a step's global batch, as messages call them."""
         start = self.start(step)
-        found = map(self._find, self.order.samples(start, start + self.batch_size).tolist())
-        return [shard.name(row) for shard, row in found]
+        places = map(self.order.place, self.order.samples(start, start + self.batch_size).tolist())
+        return [self._name(number, row) for number, row in places]
 
     def __getitem__(self, step: int) -> Batch:
         images: list[Tensor] = []
@@ -94,7 +96,11 @@ class Batches(Dataset[Batch]):
         seed = derive_seed(self.order.seed, position)
         for attempt in range(MAX_REPLACED):
             place = position + attempt * self.batch_size
-            shard, row = self._find(int(self.order.samples(place, place + 1)[0]))
+            number, row = self.order.place(int(self.order.samples(place, place + 1)[0]))
+            shard = self._open(number)
+            if isinstance(shard, str):
+                unreadable.append(f"{self._name(number, row)}: {shard}")
+                continue
             try:
                 image = self.preprocess.train(shard.image(row), seed)
                 return image, choose_caption(shard.caption(row), seed)
@@ -102,18 +108,32 @@ class Batches(Dataset[Batch]):
                 unreadable.append(f"{shard.name(row)}: {error}")
         raise TrainError(f"{MAX_REPLACED} unreadable samples in a row, the last {unreadable[-1]}")
 
-    def _find(self, sample: int) -> tuple[Shard, int]:
-        number, row = self.order.place(sample)
+    def _name(self, number: int, row: int) -> str:
+        shard, path = self._open(number), self.shards[number]
+        if isinstance(shard, Shard):
+            return shard.name(row)
+        return f"{path.parent.name}/{path.name}/row {row}"  # its key is in there
+
+    def _open(self, number: int) -> Shard | str:
+        """A shard, or why it cannot be read, which makes all its samples unreadable.
+
+        Raises:
+            TrainError: it is another than was counted.
+        """
+        if number in self._broken:
+            return self._broken[number]
         try:
             shard = open_shard(self.shards[number])
-        except OSError as error:
-            raise TrainError(f"{self.shards[number]}: cannot be opened: {error}") from error
+        except OSError as error:  # the next attempt may succeed
+            return str(error)
+        except TrainError as error:
+            return self._broken.setdefault(number, str(error))
         if len(shard) != self.order.counts[number]:
             raise TrainError(
                 f"{shard.path}: holds {len(shard)} samples, sizes.json says "
                 f"{self.order.counts[number]}; build it again: clip-data build"
             )
-        return shard, row
+        return shard
 
 
 def choose_caption(text: bytes, seed: int) -> str:
@@ -144,14 +164,30 @@ def load(batches: Batches, steps: range, workers: int, device: torch.device) -> 
             timeout=STALLED if workers else 0,
         )
     )
+    check = signal.getsignal(signal.SIGCHLD)
     for _ in steps:
         try:
+            if workers and callable(check):
+                check(signal.SIGCHLD, None)  # one that died in `deaths_held`
             batch = next(ahead)
         except RuntimeError as error:
             nothing = torch.empty(0)
             yield Batch(nothing, nothing, [], failure=f"the data loader failed: {error}")
             return
         yield batch
+
+
+@contextmanager
+def deaths_held() -> Generator[None]:
+    """Not in here, where processes are in step, but at the next batch: a worker's death.
+
+    The DataLoader raises it from its handler of SIGCHLD, whatever is being done at that moment.
+    """
+    handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def ignore_signals(_worker: int) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -17,14 +18,16 @@ from clip_train.ema import Ema
 from clip_train.errors import TrainError
 from clip_train.health import check_skipped, check_unreadable, count_skipped
 from clip_train.initial import build_initial, describe_initial
-from clip_train.loader import Batch, Batches, load
+from clip_train.loader import Batch, Batches, deaths_held, load
 from clip_train.optimizers import make_optimizer
 from clip_train.order import derive_seed, extend_hash, make_stream
 from clip_train.processes import (
     AUTOCAST,
     Agreement,
+    check_same,
     choose_precision,
     distribute,
+    losses_named,
     start_processes,
     start_tracker,
 )
@@ -35,6 +38,7 @@ from clip_train.state import (
     check_run,
     claim_run,
     identity,
+    lock_run,
     newest_state,
     publish_models,
     read_position,
@@ -66,10 +70,14 @@ def train(config: TrainConfig) -> Summary:
     precision = choose_precision(config.precision, accelerator.device)
     model = describe_initial(config.model)
     wanted = identity(config, precision=precision, model=model, data=data.hash)
-    if check_run(config.output, wanted, rebase=config.rebase):
+    finished = check_run(config.output, wanted, rebase=config.rebase)
+    check_same(accelerator, [wanted, finished])
+    if finished:
         summary = summarize("nothing left to do", config.output)
     else:
-        summary = Trainer(config, accelerator, data, wanted).run()
+        trainer = Trainer(config, accelerator, data, wanted)
+        with trainer.lock:
+            summary = trainer.run()
     accelerator.wait_for_everyone()  # a launcher ends all processes when one leaves with code 3
     accelerator.end_training()
     return summary
@@ -147,8 +155,9 @@ class Trainer:
         self.saved = time.monotonic()
         gmacs = profile(self.model.config)["gmacs"]
         self.meter = metrics.Meter(self.position.step, config.batch_size, world, gmacs)
+        check_same(accelerator, self.position)
         # Every process has passed its checks, and from here on files are written.
-        accelerator.wait_for_everyone()
+        self.lock = lock_run(config.output) if self.main else nullcontext()
         if self.main:
             claim_run(config.output, wanted, self.position.step)
             metrics.truncate(config.output, self.position.step)
@@ -169,25 +178,27 @@ class Trainer:
         )
         validated = config.val_data or config.zeroshot_data
         try:
-            with progress, Agreement(self.accelerator.num_processes) as agreement:
+            with losses_named(), progress, Agreement(self.accelerator.num_processes) as agreement:
                 for _ in steps:
                     with self.meter.waiting():
                         batch = next(loader)
-                    if self._agree(agreement, batch) == "stop":
-                        return summarize("stopped", config.output, self.steps)
-                    update = self._step(batch)
-                    step, last = self.position.step, self.position.step == self.steps
-                    if last or step % config.log_every == 0:
-                        row = self._row(update) | self.meter.rates(step)
-                        self._log(row, metrics.METRICS)
-                        progress.set_postfix_str(metrics.describe(row), refresh=False)
+                    with deaths_held():
+                        if self._agree(agreement, batch) == "stop":
+                            return summarize("stopped", config.output, self.steps)
+                        update = self._step(batch)
+                        step, last = self.position.step, self.position.step == self.steps
+                        if last or step % config.log_every == 0:
+                            row = self._row(update) | self.meter.rates(step)
+                            self._log(row, metrics.METRICS)
+                            progress.set_postfix_str(metrics.describe(row), refresh=False)
                     progress.update(config.batch_size)
                     if validated and (last or step % config.eval_every == 0):
                         with self.meter.paused():
                             scores = self._place() | self.validator.run(self.model)
                         self._log(scores, metrics.VALIDATION)
                     if last or step % config.save_every == 0:
-                        self._save()
+                        with deaths_held():
+                            self._save()
         finally:
             del loader  # ends its workers: they ignore SIGTERM, so an exit on an error would hang
         self._finish()
@@ -210,25 +221,37 @@ class Trainer:
             batch.failure is not None,
             len(batch.unreadable),
         )
-        if failures:
-            raise TrainError(batch.failure or "another process failed; its own message says why")
+        counted = replace(self.position, unreadable=self.position.unreadable + unreadable)
+        try:
+            if failures:
+                elsewhere = "another process failed; its own message says why"
+                raise TrainError(batch.failure or elsewhere)
+            check_unreadable(counted, len(self.order), config.max_error_share)
+        except TrainError:
+            self._save()  # the steps so far are good
+            raise
         if stop or save:
             self._save()  # before this batch counts: who continues reads it again
         if stop:
             return "stop"
-        self.position = replace(self.position, unreadable=self.position.unreadable + unreadable)
-        check_unreadable(self.position, len(self.order), config.max_error_share)
+        self.position = counted
         return "go"
 
     def _step(self, batch: Batch) -> Update:
         config, position, device = self.config, self.position, self.accelerator.device
-        update = self.stepper.step(
-            batch.images_b3SS.to(device, non_blocking=True),
-            batch.tokens_bL,  # the text tower packs them on the CPU
-            lr=learning_rate(position.step, self.steps, config),
-            # Random numbers follow from the step's own: no state to save.
-            seed=derive_seed(config.seed, position.step, self.accelerator.process_index),
-        )
+        try:
+            update = self.stepper.step(
+                batch.images_b3SS.to(device, non_blocking=True),
+                batch.tokens_bL,  # the text tower packs them on the CPU
+                lr=learning_rate(position.step, self.steps, config),
+                # Random numbers follow from the step's own: no state to save.
+                seed=derive_seed(config.seed, position.step, self.accelerator.process_index),
+            )
+        except torch.OutOfMemoryError as error:
+            raise TrainError(
+                f"out of memory in a step: {error}; hold less at once: a smaller "
+                "--micro-batch-size, or --grad-checkpointing"
+            ) from error
         end = position.samples + config.batch_size
         order_hash = extend_hash(position.order_hash, self.order.samples(position.samples, end))
         step = position.step + 1

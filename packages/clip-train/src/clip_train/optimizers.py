@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
-from clip_train.sharding import is_sharded, shard_like, whole
+from clip_train.sharding import gather_one, is_sharded, shard_like
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -56,22 +56,27 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return plain and isinstance(optimizer, torch.optim.AdamW) and bool(groups[0]["fused"])
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict without shards; where there are some, every process must call."""
+def whole_state(optimizer: torch.optim.Optimizer, *, main: bool) -> dict[str, Any]:
+    """The optimizer's state dict without shards, as `gather_one`; every process must call it."""
     state = optimizer.state_dict()
     state["state"] = {
-        number: {name: whole(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        number: {n: gather_one(v, main) if isinstance(v, Tensor) else v for n, v in values.items()}
         for number, values in state["state"].items()
     }
     return state
 
 
 def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up what `whole_state` gave, sharded as the parameters are now."""
+    """Take up what `whole_state` gave, sharded as the parameters are now.
+
+    The settings are those of this run: --rebase may have changed them.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in state["state"].items():
         parameter = parameters[number]
         for name, value in values.items():
             if is_sharded(parameter) and getattr(value, "shape", None) == parameter.shape:
                 values[name] = shard_like(value, parameter)
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved |= {k: group[k] for k in ("weight_decay", "betas", "eps") if k in group}
     optimizer.load_state_dict(state)

@@ -1,17 +1,23 @@
 """The processes of a run: starting them through Accelerate, and agreeing on how to go on."""
 
+import ctypes
+import logging
 import os
 import signal
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import sha256
 from importlib.util import find_spec
 from types import FrameType
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,8 +25,11 @@ from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
 from clip_train.sharding import fsdp_wanted, shard
 
+logger = logging.getLogger(__name__)
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 TIMEOUT = timedelta(minutes=10)  # for any collective: a lost process ends the run, never hangs it
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start_processes(config: TrainConfig) -> Accelerator:
@@ -30,6 +39,12 @@ def start_processes(config: TrainConfig) -> Accelerator:
         TrainError: each process would train alone, or under an engine other than DDP and FSDP2; or
             the tracker's package is missing.
     """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        raise TrainError(
+            f"srun started {tasks} tasks, and each would train alone; start one task a node, with "
+            "torchrun or accelerate launch in it"
+        )
     tracker = None if config.tracker == "none" else config.tracker
     if tracker and not find_spec(tracker):
         raise TrainError(f"--tracker {tracker}: not installed; pip install {tracker}")
@@ -48,19 +63,67 @@ def start_processes(config: TrainConfig) -> Accelerator:
             f"{found} in its group; several on CPU: "
             "ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 clip-train ..."
         )
-    # `accelerate launch` sets OMP_NUM_THREADS to 1, for GPUs; a CPU that trains alone needs all
-    if (
-        accelerator.device.type == "cpu"
-        and found == 1
-        and "ACCELERATE_MIXED_PRECISION" in os.environ
-    ):
-        torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        _live_with_the_launcher()
+        # it sets OMP_NUM_THREADS to 1, for GPUs; a CPU that trains alone needs all
+        if accelerator.device.type == "cpu":
+            torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
     engines = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in engines:
         raise TrainError(
             f"{accelerator.distributed_type.value} is not supported; expected DDP or FSDP2"
         )
+    if accelerator.is_main_process:
+        _warn_of_unused_settings(config)
     return accelerator
+
+
+def _live_with_the_launcher() -> None:
+    """`accelerate launch` passes no signal on: when it ends, let this process save and stop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _warn_of_unused_settings(config: TrainConfig) -> None:
+    """Name our options for those settings of `accelerate config` that we do not read."""
+    for name, ours, same in (
+        ("MIXED_PRECISION", "precision", ("no", config.precision)),
+        ("DYNAMO_BACKEND", "compile", ("no", "inductor") if config.compile else ("no",)),
+        ("GRADIENT_ACCUMULATION_STEPS", "micro-batch-size", ("1",)),
+    ):
+        value = os.environ.get(f"ACCELERATE_{name}", same[0]).lower()
+        if value not in same:
+            logger.warning(
+                "accelerate's %s %s is not used; the option is --%s", name.lower(), value, ours
+            )
+
+
+def check_same(accelerator: Accelerator, found: Any) -> None:
+    """Compare what each process found on its disk.
+
+    Raises:
+        TrainError: on all processes, if they differ.
+    """
+    everyone: list[Any] = gather_object([found])
+    if any(other != everyone[0] for other in everyone):
+        raise TrainError(
+            "the processes see different settings, data or train states; --output must be on a "
+            "disk that all share, and --train-data the same on all"
+        )
+
+
+@contextmanager
+def losses_named() -> Generator[None]:
+    """Turn what collectives raise where another process is gone, or hangs, into a TrainError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        raise TrainError(
+            f"a process of the run was lost, or does not answer ({str(error).splitlines()[0]}); "
+            "start again to continue from the last save"
+        ) from error
 
 
 def distribute(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -81,11 +144,16 @@ def distribute(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def choose_precision(asked: str, device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
-    """What --precision comes to on a device; float32 means TF32 on a GPU."""
+    """What --precision comes to on a device; fp32 means TF32 on a GPU.
+
+    Beside half-precision towers the loss is all that multiplies float32, and does so in full.
+    """
+    cuda = device.type == "cuda"
     if asked == "auto":
-        asked = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = "bf16" if native else "fp32"
+    if cuda:
+        torch.set_float32_matmul_precision("high" if asked == "fp32" else "highest")
         torch.backends.cudnn.allow_tf32 = True
     return cast(Literal["bf16", "fp16", "fp32"], asked)
 
@@ -108,6 +176,7 @@ class Agreement:
 
     def __init__(self, world: int) -> None:
         self.stop_requested = False
+        self._asked = 0.0  # when last
         self._group: dist.ProcessGroup | None = None
         if world > 1:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
@@ -123,8 +192,13 @@ class Agreement:
             signal.signal(number, handler)
 
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
-        self.stop_requested = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        # Only Ctrl-C ends the process at once, and only a later one: launchers pass on to each
+        # process what it got itself.
+        now = time.monotonic()
+        if number == signal.SIGINT and self.stop_requested and now - self._asked > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.stop_requested, self._asked = True, now
 
     def sums(self, *values: int) -> list[int]:
         """Each value summed over all processes."""

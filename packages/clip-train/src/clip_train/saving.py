@@ -12,7 +12,7 @@ from clip_train.config import TrainConfig
 from clip_train.ema import Ema
 from clip_train.guard import Guard
 from clip_train.optimizers import load_whole_state, whole_state
-from clip_train.sharding import whole
+from clip_train.sharding import gather_one
 from clip_train.shards import Data
 from clip_train.state import Position, read_tensors, save_state
 
@@ -53,10 +53,11 @@ class Saver:
 
     def save(self, position: Position, *, main: bool) -> None:
         """Write the train state, from the main process; every process must call it."""
-        weights = {"model": {name: whole(t) for name, t in self.model.state_dict().items()}}
+        state = self.model.state_dict()
+        weights = {"model": {name: gather_one(t, main) for name, t in state.items()}}
         if self.ema:
-            weights["model-ema"] = self.ema.whole_state()
-        optimizer = whole_state(self.optimizer)
+            weights["model-ema"] = self.ema.whole_state(main=main)
+        optimizer = whole_state(self.optimizer, main=main)
         if not main:
             return
         provenance: dict[str, Any] = {

@@ -85,6 +85,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def gather_one(tensor: Tensor, main: bool) -> Tensor:
+    """The whole tensor, from shards in the main process's CPU memory and empty in the others'.
+
+    So that of all that is saved a device holds but one whole tensor at a time.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if main else gathered.new_empty(0)
+
+
 def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A whole tensor, the same on every process, sharded as the reference is, on its device."""
     if not is_sharded(reference):

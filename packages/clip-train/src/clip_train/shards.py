@@ -39,7 +39,7 @@ class Shard:
         """Read `NNNNN.index.json` beside the tar if it belongs to it, else scan the tar's headers.
 
         Raises:
-            TrainError: the file is not a tar.
+            TrainError: the file is not a tar, or truncated.
         """
         self.path = path
         self.keys, members = _read_sidecar(path) or _scan(path)
@@ -97,14 +97,25 @@ def _spans(members: dict[str, Spans], names: tuple[str, ...], n: int) -> NDArray
 
 
 def _read_sidecar(tar: Path) -> tuple[list[str], dict[str, Spans]] | None:
-    """(keys, members) from the tar's offset index; None if there is none for this very tar."""
+    """(keys, members) from the tar's offset index; None if there is none for this very tar.
+
+    Raises:
+        TrainError: the tar is shorter than it says.
+    """
     try:
         index: dict[str, Any] = json.loads(tar.with_suffix(".index.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
-    if index.get("format") != 1 or index.get("tar_bytes") != tar.stat().st_size:
+    size = tar.stat().st_size
+    if size < index.get("tar_bytes", 0):
+        raise TrainError(_truncated(tar, size, index["tar_bytes"]))
+    if index.get("format") != 1 or index.get("tar_bytes") != size:
         return None
     return index["keys"], index["members"]
+
+
+def _truncated(tar: Path, size: int, full: int) -> str:
+    return f"{tar}: truncated: {size} of {full} bytes; copy or build it again"
 
 
 def _scan(tar: Path) -> tuple[list[str], dict[str, Spans]]:
@@ -112,6 +123,8 @@ def _scan(tar: Path) -> tuple[list[str], dict[str, Spans]]:
     rows: dict[str, int] = {}
     found: list[tuple[int, str, tuple[int, int]]] = []
     try:
+        if tar.stat().st_size % tarfile.BLOCKSIZE:  # tarfile takes half a header for the end
+            raise tarfile.ReadError("truncated")
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
                 folder, _, file = member.name.rpartition("/")
@@ -145,25 +158,35 @@ def open_data(train_data: str, train_weights: str = "") -> Data:
     """Find and count what `--train-data` stands for, and read `--train-weights`.
 
     Raises:
-        TrainError: a source without shards or without an image-caption pair, a shard twice, factors
-            that are no positive numbers, or not one for each source.
+        TrainError: a source without shards or without an image-caption pair, a shard twice or
+            shorter than its manifest says, factors that are no positive numbers, or not one for
+            each source.
     """
     groups = find_sources(train_data)
     weights = _read_weights(train_weights, len(groups)) if train_weights else None
     shards = [shard for group in groups for shard in group]
     counts = [count for group in groups for count in count_samples(group)]
     sources = [len(group) for group in groups]
-    rows = [[s.name, s.stat().st_size, n] for s, n in zip(shards, counts, strict=True)]
+    sizes = [shard.stat().st_size for shard in shards]
+    rows = [[s.name, size, n] for s, size, n in zip(shards, sizes, counts, strict=True)]
     content = rows if weights is None else [rows, sources, weights]
     manifests = [folder / "manifest.json" for folder in dict.fromkeys(s.parent for s in shards)]
-    found = [manifest.read_bytes() for manifest in manifests if manifest.exists()]
+    found = {m.parent: m.read_bytes() for m in manifests if m.exists()}
+    listed = {
+        folder / shard["name"]: shard["bytes"]
+        for folder, manifest in found.items()
+        for shard in json.loads(manifest).get("shards", ())
+    }
+    for shard, size in zip(shards, sizes, strict=True):
+        if size < listed.get(shard, 0):
+            raise TrainError(_truncated(shard, size, listed[shard]))
     return Data(
         shards,
         counts,
         sources,
         weights,
         _sha256(json.dumps(content).encode()),
-        _sha256(b"".join(found)) if found else None,
+        _sha256(b"".join(found.values())) if found else None,
     )
 
 
@@ -209,7 +232,8 @@ def _find_source(source: str, option: str) -> list[Path]:
     if not source:
         raise TrainError(f"{option}: a source is empty; expected a folder, or several: A::B")
     if os.path.isdir(source):
-        paths = sorted(Path(source).glob("*.tar"))
+        # macOS leaves files like ._00000.tar beside those it copies
+        paths = sorted(p for p in Path(source).glob("*.tar") if not p.name.startswith("."))
     else:
         paths: list[Path] = []
         for pattern in expand_braces(source):

@@ -6,6 +6,7 @@
         train.pt                        optimizer, guard
         state.json                      where in the stream
     RUN/metrics.jsonl               metrics.py
+    RUN/.lock                       held by the process that writes
     RUN/loss.png, RUN/model/        written at the end; the model directory last
 
 Nothing else needs saving: the order of samples, the crops, the learning rate and each step's
@@ -13,13 +14,14 @@ random numbers are functions of the seed and the step. A state is whole, whateve
 continues on any number of them, sharded or not.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -86,6 +88,28 @@ def check_run(run: Path, wanted: dict[str, Any], *, rebase: bool) -> bool:
     return finished and not changed
 
 
+def lock_run(run: Path) -> IO[str]:
+    """Take the run directory for this process, until the file is closed.
+
+    By a POSIX lock, not flock: loader processes, which may outlive a killed run by some seconds,
+    would hold that too.
+
+    Raises:
+        TrainError: another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = (run / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise TrainError(
+            f"{run}: another process is training it; choose another --output"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 def claim_run(run: Path, wanted: dict[str, Any], step: int) -> None:
     """Write run.json, and clear away what an interrupted write left.
 
@@ -94,7 +118,6 @@ def claim_run(run: Path, wanted: dict[str, Any], step: int) -> None:
     Args:
         step: from which on `wanted` holds.
     """
-    run.mkdir(parents=True, exist_ok=True)
     for leftover in (*run.glob(".model*"), *(run / "state").glob(".step-*")):
         shutil.rmtree(leftover)
     for name in ("model", "model-ema"):
