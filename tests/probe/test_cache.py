@@ -115,7 +115,7 @@ def test_a_process_killed_in_extraction_keeps_what_it_has_done(
 def test_nothing_stale_is_read(
     loaded: LoadedModel, model_dir: Path, digits: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
-    """Other weights, another transform, other bytes, another precision: another key."""
+    """Other weights, activation, transform, bytes or precision: another key."""
     cache, data = tmp_path / "cache", shutil.copytree(digits, tmp_path / "digits")
     first = encode(loaded, open_split(data, "val"), workers=0, cache=cache)
 
@@ -137,16 +137,24 @@ def test_nothing_stale_is_read(
     encode(load_model(squashed), open_split(data, "val"), workers=0, cache=cache)
     assert len(decoded) == 300
 
-    half = encode(loaded, open_split(data, "val"), workers=0, cache=cache, precision="bf16")
+    config = (model_dir / "open_clip_config.json").read_text()
+    quick = shutil.copytree(model_dir, tmp_path / "quick")  # the same weights
+    config = config.replace('"embed_dim"', '"quick_gelu": true, "embed_dim"')
+    (quick / "open_clip_config.json").write_text(config)
+    changed = encode(load_model(quick), open_split(data, "val"), workers=0, cache=cache)
+    assert not torch.equal(changed.features["post"], first.features["post"])
     assert len(decoded) == 400
+
+    half = encode(loaded, open_split(data, "val"), workers=0, cache=cache, precision="bf16")
+    assert len(decoded) == 500
     assert torch.allclose(half.features["post"], first.features["post"], atol=0.1)
     assert not torch.equal(half.features["post"], first.features["post"])
 
     shard = data / "val" / "0.tar"  # the same names and sizes, other pixels
     shard.write_bytes((data / "val" / "1.tar").read_bytes())
     encode(loaded, open_split(data, "val"), workers=0, cache=cache)
-    assert len(decoded) == 500
-    assert len(list(cache.iterdir())) == 5
+    assert len(decoded) == 600
+    assert len(list(cache.iterdir())) == 6
 
 
 def test_a_damaged_block_is_named(

@@ -3,16 +3,17 @@
     CACHE/KEY/about.json               what the key stands for
     CACHE/KEY/KIND/00000.safetensors   a block of images: which could be decoded, their features
 
-KEY is a hash of all that features depend on: the model's weights, its image transform, the
-precision, and the bytes of the set's shards. Change any and the key is another: what is stale is
-never read. Labels are not kept here, so class names may change. A block appears whole or not at
-all: an extraction that was killed continues with the blocks that are missing.
+KEY is a hash of all that features depend on: the model's configuration and weights, its image
+transform, the precision, and the bytes of the set's shards. Change any and the key is another: what
+is stale is never read. Labels are not kept here, so class names may change. A block appears whole
+or not at all: an extraction that was killed continues with the blocks that are missing.
 """
 
 # n images of a block, D features
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,13 @@ class FeatureCache:
 
     def write(self, kind: str, number: int, block: Block) -> None:
         """Add a block; another process may add the same."""
-        file = self._file(kind, number)
+        file, writer = self._file(kind, number), str(os.getpid())
         if not (self.folder / "about.json").is_file():
-            write_text(self.folder / "about.json", json.dumps(self._about, indent=1) + "\n")
+            text = json.dumps(self._about, indent=1) + "\n"
+            write_text(self.folder / "about.json", text, writer)
         tensors = {"kept": torch.tensor(block.kept), "features": block.features}
         metadata = {"failures": json.dumps(block.failures)}
-        write_file(file, lambda to: save_file(tensors, to, metadata=metadata))
+        write_file(file, lambda to: save_file(tensors, to, metadata=metadata), writer)
 
     def read(self, kind: str, number: int) -> Block:
         """Raises: ProbeError: the file is damaged."""

@@ -116,6 +116,7 @@ def place(kind: str) -> str:
 def _open(cache: Path, model: LoadedModel, split: Split, precision: Precision) -> FeatureCache:
     about = {
         "fingerprint": model.fingerprint,
+        "model": model.config.to_dict(),  # which says more than the weights: the activation
         "transform": model.preprocess.hash,
         "precision": precision,
         "shards": split.content,
