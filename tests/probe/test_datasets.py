@@ -12,6 +12,7 @@ import pytest
 from clip_models import ModelError
 from clip_probe import ProbeError
 from clip_probe.datasets import open_split
+from clip_probe.extract import title_of
 from clip_probe.hub import hub_name
 
 WriteSet = Callable[..., Path]
@@ -188,6 +189,7 @@ def test_sets_in_the_cache_of_the_hub(
     shutil.copytree(one, snapshot)
     split = open_split(Path("wds/vtab/one"), "test")
     assert (split.source, split.read(0)) == ("wds/vtab/one", b"first")
+    assert title_of(split) == "one/test"
     assert open_split(Path("hf-hub:clip-benchmark/wds_vtab-one"), "test").digest == split.digest
     (snapshot / "test/0.tar").unlink()
     with pytest.raises(ProbeError, match=r"0\.tar is missing"):

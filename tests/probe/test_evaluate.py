@@ -264,10 +264,21 @@ def test_many_labels_equal_clip_benchmark(
     )
 
 
-def test_details_of_a_set(run: Run, fail: Fail, model: Path, digits: Path, tmp_path: Path) -> None:
+def test_details_of_a_set(
+    run: Run,
+    fail: Fail,
+    model: Path,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out = tmp_path / "out"
     output = ("--output", out, "--save-predictions")
     (row,) = run("zeroshot", model, digits, *output)
+    with monkeypatch.context() as patch:  # a hub's snapshot goes by the set's name
+        patch.setattr("clip_probe.datasets.fetch_split", lambda *_: digits)
+        (hub,) = run("zeroshot", model, "wds/vtab/one", *output)
+    assert json.loads((out / "one/result.json").read_text()) == hub
     assert json.loads((out / "digits/result.json").read_text()) == row
     saved = read_predictions(out / "digits/predictions.parquet")
     labels, predicted = saved["label"], saved["predicted"]

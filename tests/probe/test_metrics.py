@@ -1,5 +1,6 @@
 """Metrics equal CLIP_benchmark's, scikit-learn's and scipy's."""
 
+import tracemalloc
 import warnings
 from itertools import pairwise
 
@@ -9,12 +10,12 @@ import torch
 from clip_probe.calibration import calibrate
 from clip_probe.metrics import (
     average_precisions,
-    best_classes,
     bootstrap_mean_average_precision,
     score,
     score_multilabel,
     wilson_interval,
 )
+from clip_probe.predictions import predict
 from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
@@ -30,8 +31,8 @@ def test_scores_equal_scikit_learn(classes: int) -> None:
     rng = np.random.default_rng(classes)
     labels = rng.integers(0, classes, 300)
     logits = rng.normal(size=(300, classes)) + 2 * np.eye(classes)[labels]
-    best = best_classes(lambda rows: rows, torch.tensor(logits))
-    scores = score(best, torch.tensor(labels), classes)
+    said = predict(lambda rows: rows, torch.tensor(logits))
+    scores = score(said.best_NK, said.predicted_N, torch.tensor(labels), classes)
     assert scores.acc1 == accuracy_score(labels, logits.argmax(1))
     assert scores.mean_per_class_recall == balanced_accuracy_score(labels, logits.argmax(1))
     low, high = scores.mean_per_class_recall_ci95
@@ -42,9 +43,22 @@ def test_scores_equal_scikit_learn(classes: int) -> None:
         assert scores.acc5 == (1.0 if classes == 5 else None)
 
 
+def test_classes_of_equal_logits_are_scored_as_clip_benchmark_does() -> None:
+    """As of ImageNet's names given twice: accuracy by topk, recall by argmax."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(3, (300, 17), generator=generator).float()
+    labels = torch.randint(17, (300,), generator=generator)
+    said = predict(lambda rows: rows, logits)
+    scores = score(said.best_NK, said.predicted_N, labels, 17)
+    first = logits.topk(5).indices[:, 0]
+    assert not torch.equal(first, logits.argmax(1))
+    assert scores.acc1 == accuracy_score(labels, first)
+    assert scores.mean_per_class_recall == balanced_accuracy_score(labels, logits.argmax(1))
+
+
 def test_a_class_absent_from_the_split_counts_in_no_recall() -> None:
     labels, predicted = torch.tensor([0, 0, 0, 2]), torch.tensor([0, 0, 1, 2])
-    scores = score(predicted[:, None], labels, 3)
+    scores = score(predicted[:, None], predicted, labels, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = balanced_accuracy_score(labels, predicted)
@@ -53,11 +67,13 @@ def test_a_class_absent_from_the_split_counts_in_no_recall() -> None:
     assert scores.majority_class_share == 3 / 4
 
 
-def test_best_classes_in_blocks_equal_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_in_blocks_equal_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
-    whole = best_classes(lambda rows: rows, logits)
-    monkeypatch.setattr("clip_probe.metrics.ROWS_AT_ONCE", 3)
-    assert torch.equal(best_classes(lambda rows: rows, logits), whole)
+    whole = predict(lambda rows: rows, logits, multilabel=True)
+    monkeypatch.setattr("clip_probe.predictions.ROWS_AT_ONCE", 3)
+    blocks = predict(lambda rows: rows, logits, multilabel=True)
+    for name, tensor in vars(whole).items():
+        assert torch.equal(getattr(blocks, name), tensor), name
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 9), (9, 9), (1, 2), (586, 1000)])
@@ -70,7 +86,7 @@ def test_recall_interval_is_the_bootstrap_within_classes() -> None:
     """30 of 40 and 2 of 10 are right: the standard error of the mean is known."""
     labels = torch.tensor([0] * 40 + [1] * 10)
     predicted = torch.tensor([0] * 30 + [1] * 10 + [1] * 2 + [0] * 8)
-    low, high = score(predicted[:, None], labels, 2).mean_per_class_recall_ci95
+    low, high = score(predicted[:, None], predicted, labels, 2).mean_per_class_recall_ci95
     error = np.sqrt(0.75 * 0.25 / 40 + 0.2 * 0.8 / 10) / 2
     assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.1)
     assert (low + high) / 2 == pytest.approx((0.75 + 0.2) / 2, abs=0.02)
@@ -115,6 +131,18 @@ def test_bootstrap_of_average_precision_repeats_images(monkeypatch: pytest.Monke
     weights = np.random.default_rng(0).multinomial(300, [1 / 300] * 300, 5)
     for draw, weight in zip(draws, weights, strict=True):
         assert draw == pytest.approx(average_precision_score(labels, logits, sample_weight=weight))
+
+
+def test_bootstrap_holds_some_draws_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the draws are the same, however many."""
+    logits, labels = (x[:, 3:].numpy() for x in many_labels())
+    whole = bootstrap_mean_average_precision(logits, labels)
+    monkeypatch.setattr("clip_probe.metrics.DRAWN_AT_ONCE", 7 * 300)
+    tracemalloc.start()
+    assert np.array_equal(bootstrap_mean_average_precision(logits, labels), whole)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000  # all 1,000 draws of 300 images at once are 2.4 MB an array
 
 
 def test_calibration_equals_its_definition() -> None:

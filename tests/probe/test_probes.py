@@ -1,12 +1,17 @@
 """Draws are functions of (seed, labels); C is chosen on held-out rows only."""
 
+import weakref
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from clip_probe import ProbeError
 from clip_probe.draws import Rows, Task, few_shot_draw, few_shot_task, full_task, held_out_fifth
-from clip_probe.probes import GRID, Probe, Solver, find_probes, method_of
+from clip_probe.probes import GRID, Heads, Probe, Solver, _correct, find_probes, method_of
+from clip_probe.solver import Fit, fit_grids
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
@@ -143,6 +148,41 @@ def test_scikit_learn_finds_the_same_probes(classes: int) -> None:
     both = [probe[0].logits(val.features) for probe in (ours, theirs)]
     centred = [logits - logits.mean(1, keepdim=True) for logits in both]
     assert torch.allclose(*centred, atol=0.02)
+
+
+def test_heads_are_judged_as_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two folds at most are held, and the solver is not asked for all folds at once."""
+    task = few_shot_task(digits(0, 300), None, 5, seed=0)
+    (whole,) = find_probes([task], 10, method_of("lbfgs"))
+    seen: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+    fitted: list[int] = []
+
+    def judged(head: Heads, rows: Rows) -> torch.Tensor:
+        seen.append(weakref.ref(head[0]))
+        held.append(sum(reference() is not None for reference in seen))
+        return _correct(head, rows)
+
+    def counted(data: list[Rows], *rest: Any) -> list[Fit]:
+        fitted.append(len(data))
+        return fit_grids(data, *rest)
+
+    monkeypatch.setattr("clip_probe.probes._correct", judged)
+    monkeypatch.setattr("clip_probe.probes.fit_grids", counted)
+    monkeypatch.setattr("clip_probe.probes.HELD", 2 * 10 * 64 * len(GRID))
+    (probe,) = find_probes([task], 10, method_of("lbfgs"))
+    assert max(held) <= 2
+    assert fitted == [2, 2, 1, 1]
+    assert (probe.setting, probe.judged) == (whole.setting, whole.judged)
+
+
+def test_fits_that_stop_short_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = full_task(digits(0, 300), None)
+    (probe,) = find_probes([task], 10, method_of("lbfgs"))
+    assert probe.unfinished == []
+    monkeypatch.setattr("clip_probe.probes.fit_grids", partial(fit_grids, max_iterations=2))
+    (probe,) = find_probes([task], 10, method_of("lbfgs"))
+    assert set(GRID[-3:]) <= set(probe.unfinished) <= set(GRID)
 
 
 def test_one_fit_serves_choice_and_result_where_the_rows_are_the_same() -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from clip_models import load_model, save_model
+from clip_probe import ProbeError
 from clip_probe.probes import GRID, find_probes
+from clip_probe.sweep import sweep
 from PIL import Image
 
 from .conftest import invoke
@@ -36,6 +38,7 @@ def test_sweep_saves_a_head_that_eval_confirms(
     assert result["samples"] == {"train": 300, "val": 100, "test": 400}
     assert [row["shots"] for row in few] == [1, 4]
     assert len(few[1]["draws"]) == 2
+    assert full["c_not_converged"] == few[0]["draws"][0]["c_not_converged"] == []
     assert full["train_samples"] == 400
     assert few[1]["draws"][0]["train_samples"] == 40
     assert result["grid"] == [{"c": c} for c in GRID]
@@ -67,6 +70,16 @@ def test_sweep_saves_a_head_that_eval_confirms(
     line = fail("sweep", model, digits, "--shots", "1", "--output", out)
     assert "holds another sweep (it differs in splits, digests, shots, seeds" in line
     assert "has a head 'probe' already" in fail(*arguments, "--save-head", "probe")
+    line = fail(*arguments, "--templates", "simple-imagenet", "--output", out)
+    assert "it differs in templates_hash)" in line
+    quick = shutil.copytree(model, tmp_path / "quick")
+    config = (quick / "open_clip_config.json").read_text()
+    config = config.replace('"embed_dim"', '"quick_gelu": true, "embed_dim"')
+    (quick / "open_clip_config.json").write_text(config)
+    line = fail("sweep", quick, *arguments[2:], "--output", out)
+    assert "it differs in model_config)" in line
+    (out / "sweep.json").write_text(json.dumps({**result, "head": None}))
+    assert "has a head 'probe' already" in fail(*arguments, *saved)  # of another sweep
 
 
 def test_a_sweep_killed_before_its_head_was_saved_completes(
@@ -202,9 +215,9 @@ def test_killed_and_continued_gives_the_same_files(
     monkeypatch.setattr("clip_probe.sweep.find_probes", counted)
     assert run(*arguments, "--output", again) == [expected]
     assert len(fits) == left  # of two numbers of shots and the full data
+    assert {file.name for file in again.iterdir()} == {file.name for file in whole.iterdir()}
     for file in whole.iterdir():
         assert (again / file.name).read_bytes() == file.read_bytes(), file.name
-    assert not (again / "partial.json").exists()
 
 
 def test_a_class_absent_from_one_split(
@@ -245,6 +258,25 @@ def test_features_that_are_not_finite(
     save_model(tmp_path / "broken", broken.model, broken.preprocess)
     line = fail("sweep", tmp_path / "broken", digits, "--shots", "1")
     assert "are not finite" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"solver": "lbfsg"}, "solver 'lbfsg' is none of lbfgs, sklearn, adam"),
+        ({"feature": "prre"}, "feature 'prre' is none of post, pre, pixels"),
+        ({"start": "zeroshot"}, "start 'zeroshot' is none of random, zero-shot"),
+        ({"paper": "no"}, "paper 'no' is none of True, False"),
+        ({"shots": [0, 4]}, r"shots \[0, 4\]: expected a list of whole numbers from 1 on"),
+        ({"shots": 16}, "shots 16: expected a list"),
+        ({"seeds": 0}, "seeds 0: expected a whole number"),
+    ],
+)
+def test_options_that_are_none(
+    model: Path, digits: Path, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ProbeError, match=says):
+        sweep(load_model(model), digits, **options)
 
 
 def test_several_labels_an_image(fail: Fail, model: Path, properties: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from clip_models import ModelError
 
-from clip_probe.cli_options import FOLDER, detail_options, encoding_options, load
+from clip_probe.cli_options import FOLDER, detail_options, encoding_options, load, text_options
 from clip_probe.cli_suite import compare, robustness, suite
 from clip_probe.errors import ProbeError
 
@@ -62,17 +62,7 @@ def main() -> None:
 @click.argument("model", type=FOLDER)
 @click.argument("sets", metavar="SET...", nargs=-1, required=True, type=FOLDER)
 @click.option("--split", default="test", show_default=True, help="The split to evaluate.")
-@click.option(
-    "--templates",
-    metavar="FILE|NAME",
-    help="Prompt templates, one a line with {c} for the class name, or a list known by name "
-    "(general, openai-imagenet, simple-imagenet), instead of the sets' own.",
-)
-@click.option(
-    "--classnames",
-    metavar="FILE|NAME",
-    help="Class names, one a line, or a list known by name (imagenet), instead of the sets' own.",
-)
+@text_options
 @detail_options
 @encoding_options
 def zeroshot(
@@ -188,6 +178,7 @@ def evaluate(
     help="Write the result, its table, accuracy by shots and a map of the grid to DIR; an "
     "interrupted sweep continues there.",
 )
+@text_options
 @encoding_options
 def sweep(model: Path, dataset: Path, save_head: str | None, device: str, **options: Any) -> None:
     """Fit linear probes on the features of SET: full data and few shots.

@@ -78,6 +78,26 @@ def detail_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def text_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The texts of a zero-shot head."""
+    for decorate in (
+        click.option(
+            "--classnames",
+            metavar="FILE|NAME",
+            help="Class names, one a line, or a list known by name (imagenet), instead of the "
+            "sets' own.",
+        ),
+        click.option(
+            "--templates",
+            metavar="FILE|NAME",
+            help="Prompt templates, one a line with {c} for the class name, or a list known by "
+            "name (general, openai-imagenet, simple-imagenet), instead of the sets' own.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 def load(model: Path, device: str) -> "LoadedModel":
     import torch
     from clip_models import load_model

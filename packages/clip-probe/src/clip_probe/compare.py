@@ -12,7 +12,6 @@ The p-values of all sets of a task are also adjusted for their number (Holm, 197
 # N images, C classes, T draws
 
 from collections.abc import Iterator
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,10 @@ def compare(
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p-value of a split of discordant images."""
-    trials, few = only_a + only_b, min(only_a, only_b)
-    if only_a == only_b:
-        return 1.0
-    return min(1.0, 2 * sum(comb(trials, k) for k in range(few + 1)) / 2**trials)
+    from scipy.stats import binomtest
+
+    trials = only_a + only_b
+    return float(binomtest(only_a, trials).pvalue) if trials else 1.0
 
 
 def _results(folder: Path) -> list[Row]:
@@ -124,7 +123,7 @@ def _differences(a: Path, row_a: Row, b: Path, row_b: Row) -> Iterator[dict[str,
         yield {**_values(metric, row_a[metric], row_b[metric]), "ci95": interval_of(draws_T)}
         return
     labels_N = one["label"]
-    right_a, right_b = one["predicted"] == labels_N, other["predicted"] == labels_N
+    right_a, right_b = (np.stack(x["best"])[:, 0] == labels_N for x in (one, other))
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     yield {
         **_values("acc1", scores_a["acc1"], scores_b["acc1"]),
@@ -135,6 +134,7 @@ def _differences(a: Path, row_a: Row, b: Path, row_b: Row) -> Iterator[dict[str,
         "p_value": mcnemar(only_a, only_b),
     }
     metric = "mean_per_class_recall"
+    right_a, right_b = one["predicted"] == labels_N, other["predicted"] == labels_N
     draws_T = _bootstrap(right_b.astype(float) - right_a, labels_N)
     yield {**_values(metric, scores_a[metric], scores_b[metric]), "ci95": interval_of(draws_T)}
 

@@ -48,6 +48,11 @@ class Split:
     names_from: str | None = None  # where class names come from, if not from the set
 
     @property
+    def set_name(self) -> str:
+        """What files and titles call the set: of a hub's snapshot the path is a commit's hash."""
+        return Path(self.source).name
+
+    @property
     def labels(self) -> list[int]:
         """The label of each sample, of a set that is not multi-label."""
         return [label for (label,) in (sample.labels for sample in self.samples)]

@@ -38,12 +38,12 @@ def write_details(
 ) -> None:
     """Write the files; each whole or not at all, the result last."""
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{split.path.name}, {split.name}"
+    title = f"{split.set_name}, {split.name}"
     if calibration is None:
         table = _average_precision_table(split, encoded.labels, predictions)
         write_text(folder / "per_class.csv", _csv(table))
     else:
-        confusion_CC = confusion(encoded.labels, predictions.best_NK[:, 0], len(split.class_names))
+        confusion_CC = confusion(encoded.labels, predictions.predicted_N, len(split.class_names))
         write_text(folder / "per_class.csv", _csv(_recall_table(split, confusion_CC)))
         header = ["label", *split.class_names]
         lines = zip(split.class_names, confusion_CC.tolist(), strict=True)

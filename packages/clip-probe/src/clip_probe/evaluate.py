@@ -59,7 +59,7 @@ def zeroshot(
     for data, head in zip(opened, heads, strict=True):
         encoded = encode(model, data, **options)
         about = {**about_data("zeroshot", model, data, options), **about_head(head)}
-        folder = details.output / data.path.name if details.output else None
+        folder = details.output / data.set_name if details.output else None
         yield evaluate(about, data, encoded, head, folder, details.save_predictions)
 
 
@@ -94,7 +94,7 @@ def evaluate_heads(
         for name in loaded:
             head = fitted[data.path, name]
             about = {**about_data("eval", model, data, options), "head": name, **about_head(head)}
-            folder = details.output / data.path.name / name if details.output else None
+            folder = details.output / data.set_name / name if details.output else None
             yield evaluate(about, data, encoded, head, folder, details.save_predictions)
 
 
@@ -114,7 +114,7 @@ def evaluate(
         calibration = calibrate(predictions.confidence_N, correct_N)
         classes = len(data.class_names)
         scores = {
-            **asdict(score(predictions.best_NK, encoded.labels, classes)),
+            **asdict(score(predictions.best_NK, predictions.predicted_N, encoded.labels, classes)),
             "ece": calibration.ece,
         }
     else:
@@ -202,7 +202,7 @@ def _open(
     opened = [open_split(path, split, class_names=classnames, multilabel=True) for path in sets]
     if details.save_predictions and not details.output:
         raise ProbeError("predictions are written beside the rest: give --output too")
-    names = [data.path.name for data in opened]
+    names = [data.set_name for data in opened]
     if details.output and (twice := [name for name in names if names.count(name) > 1]):
         raise ProbeError(f"two sets would share {details.output}/{twice[0]}: evaluate them apart")
     return opened

@@ -89,7 +89,7 @@ def extract(
 
 def title_of(split: Split) -> str:
     """What progress and messages call a split."""
-    return f"{split.path.name}/{split.name}"
+    return f"{split.set_name}/{split.name}"
 
 
 def check_failures(split: Split, failures: Sequence[str]) -> None:

@@ -1,8 +1,7 @@
 """Classification metrics, defined as CLIP_benchmark defines them, with 95% intervals."""
 
-# N samples, D features, C classes, K best classes kept, T draws of a bootstrap
+# N samples, C classes, K best classes kept, T draws of a bootstrap, t of them at once
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 
@@ -11,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROWS_AT_ONCE = 8192
 DRAWS = 1000
+DRAWN_AT_ONCE = 2**20  # images, in all draws
 Interval = tuple[float, float]
 
 
@@ -44,22 +43,13 @@ class MultilabelScores:
     mean_positive_share: float  # the chance line: a random order's average precision, about
 
 
-def best_classes(logits: Callable[[Tensor], Tensor], features_ND: Tensor) -> Tensor:
-    """The five (or all, if fewer) best classes of each sample, best first: int64 [N, K].
-
-    `logits` maps [n, D] to [n, C]; it is called on blocks of rows, to bound memory.
-    """
-    blocks = [logits(rows) for rows in features_ND.split(ROWS_AT_ONCE)]
-    return torch.cat([block.topk(min(5, block.shape[1])).indices for block in blocks])
-
-
-def score(best_NK: Tensor, labels_N: Tensor, classes: int) -> Scores:
-    """Score the `best_classes` of each sample against its label."""
+def score(best_NK: Tensor, predicted_N: Tensor, labels_N: Tensor, classes: int) -> Scores:
+    """Score `Predictions` against labels: accuracies by the best classes, recall by the argmax."""
     hits_NK = best_NK == labels_N[:, None]
     counts_C = torch.bincount(labels_N, minlength=classes)
-    correct_C = torch.bincount(labels_N[hits_NK[:, 0]], minlength=classes)
+    correct_C = torch.bincount(labels_N[predicted_N == labels_N], minlength=classes)
     present_C = counts_C > 0
-    samples, correct, among5 = len(labels_N), int(correct_C.sum()), int(hits_NK.sum())
+    samples, correct, among5 = len(labels_N), int(hits_NK[:, 0].sum()), int(hits_NK.sum())
     counts, right = counts_C[present_C].numpy(), correct_C[present_C].numpy()
     draws_TC = np.random.default_rng(0).binomial(counts, right / counts, (DRAWS, len(counts)))
     return Scores(
@@ -95,14 +85,15 @@ def bootstrap_mean_average_precision(
 ) -> NDArray[np.float64]:
     """Mean average precision in draws [T] of the images; the same draws whatever the logits."""
     samples, classes = labels_NC.shape
-    weights_TN = np.random.default_rng(0).multinomial(samples, [1 / samples] * samples, DRAWS)
-    total_T = np.zeros(DRAWS)
-    for logits_N, truth_N in zip(logits_NC.T, labels_NC.T, strict=True):
-        order_N = np.argsort(-logits_N, kind="stable")
-        seen_TN = weights_TN[:, order_N]
-        hits_TN = seen_TN * truth_N[order_N]
-        precision_TN = hits_TN.cumsum(1) / np.maximum(seen_TN.cumsum(1), 1)
-        total_T += (hits_TN * precision_TN).sum(1) / np.maximum(hits_TN.sum(1), 1)
+    order_NC = np.argsort(-logits_NC, axis=0, kind="stable")
+    rng, total_T = np.random.default_rng(0), np.zeros(DRAWS)
+    for some_t in np.array_split(total_T, -(-DRAWS * samples // DRAWN_AT_ONCE)):  # views
+        weights_tN = rng.multinomial(samples, [1 / samples] * samples, len(some_t))
+        for order_N, truth_N in zip(order_NC.T, labels_NC.T, strict=True):
+            seen_tN = weights_tN[:, order_N]
+            hits_tN = seen_tN * truth_N[order_N]
+            precision_tN = hits_tN.cumsum(1) / np.maximum(seen_tN.cumsum(1), 1)
+            some_t += (hits_tN * precision_tN).sum(1) / np.maximum(hits_tN.sum(1), 1)
     return total_T / classes
 
 

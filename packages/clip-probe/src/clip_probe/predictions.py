@@ -18,7 +18,8 @@ from clip_probe.datasets import Split
 from clip_probe.errors import ProbeError
 from clip_probe.features import Encoded
 from clip_probe.files import write_file
-from clip_probe.metrics import ROWS_AT_ONCE
+
+ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Predictions:
     """The best classes of each image, or, of a multi-label set, all logits."""
 
     best_NK: Tensor  # int64, best first, five or all if fewer
+    predicted_N: Tensor  # the argmax; where classes share a name and so a logit, `best` may differ
     confidence_N: Tensor  # softmax probability of the best
     logits_NC: Tensor | None  # kept for multi-label sets alone
 
@@ -35,14 +37,17 @@ def predict(
 ) -> Predictions:
     """Apply a head to features; `logits` maps [n, D] to [n, C], and is called on blocks of rows."""
     best: list[Tensor] = []
+    predicted: list[Tensor] = []
     confidence: list[Tensor] = []
     kept: list[Tensor] = []
     for rows in features_ND.split(ROWS_AT_ONCE):
         logits_nC = logits(rows)
         best.append(logits_nC.topk(min(5, logits_nC.shape[1])).indices)
+        predicted.append(logits_nC.argmax(1))
         confidence.append(logits_nC.softmax(1).amax(1))
         kept += [logits_nC] if multilabel else []
-    return Predictions(torch.cat(best), torch.cat(confidence), torch.cat(kept) if kept else None)
+    blocks = (torch.cat(best), torch.cat(predicted), torch.cat(confidence))
+    return Predictions(*blocks, torch.cat(kept) if kept else None)
 
 
 def write_predictions(path: Path, split: Split, encoded: Encoded, predictions: Predictions) -> None:
@@ -57,13 +62,13 @@ def write_predictions(path: Path, split: Split, encoded: Encoded, predictions: P
         columns["scores"] = list(predictions.logits_NC.numpy())
     else:
         names = pa.array(split.class_names)
-        labels, best = encoded.labels.numpy(), predictions.best_NK.numpy()
+        labels, predicted = encoded.labels.numpy(), predictions.predicted_N.numpy()
         columns["label"] = pa.array(labels, pa.int32())
-        columns["predicted"] = pa.array(best[:, 0], pa.int32())
+        columns["predicted"] = pa.array(predicted, pa.int32())
         columns["confidence"] = predictions.confidence_N.numpy()
-        columns["best"] = pa.array(list(best), pa.list_(pa.int32()))
+        columns["best"] = pa.array(list(predictions.best_NK.numpy()), pa.list_(pa.int32()))
         columns["label_name"] = names.take(pa.array(labels))
-        columns["predicted_name"] = names.take(pa.array(best[:, 0]))
+        columns["predicted_name"] = names.take(pa.array(predicted))
     table = pa.table(columns)
     write_file(path, lambda to: pq.write_table(table, to, compression="zstd"))
 

@@ -12,7 +12,7 @@ How a setting is chosen, never on a test split unless the paper's protocol is as
 # N samples, D features, C classes, G settings, P classes present
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,9 +26,11 @@ from clip_probe.solver import fit_grids
 
 Solver = Literal["lbfgs", "sklearn", "adam"]
 Heads = tuple[Tensor, Tensor]  # weight [G, C, D] and bias [G, C], float32
+Fitted = tuple[Heads, list[Any]]  # and the settings whose fit stopped short of the optimum
 GRID = tuple(10 ** (half / 2) for half in range(-4, 13))  # C from 0.01 to 1e6
 RATES, EPOCHS = (0.1, 0.01, 0.001), (10, 20, 40)
 DECAYS = (0.0, 0.001, 0.01, 0.1, 1.0)
+HELD = 2**26  # weights that fits may have in float64 at once: 512 MB
 NEVER = -1e30  # bias of a class without training images: below every other logit, and finite
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class Method(NamedTuple):
 
     settings: Sequence[Any]  # C, or AdamSetting
     blind: Any  # the setting where nothing can choose one
-    fit: Callable[[Sequence[Rows], Tensor, Sequence[Sequence[Any]]], list[Heads]]
+    fit: Callable[[Sequence[Rows], Tensor, Sequence[Sequence[Any]]], Iterator[Fitted]]
     # of (rows with labels 0 … P - 1, the classes that these are [P], a grid for each of the rows)
 
     def describe(self, setting: Any) -> dict[str, float]:
@@ -56,6 +58,7 @@ class Probe:
     setting: Any
     judged: list[float] | None  # accuracy of each setting; None where nothing could judge
     train_samples: int
+    unfinished: list[Any]  # settings of which some fit stopped short of the optimum
 
     def logits(self, features_ND: Tensor) -> Tensor:
         """Features of any length [N, D] -> [N, C], as a class head defines it."""
@@ -74,32 +77,39 @@ def method_of(solver: Solver, *, paper: bool = False, start: Heads | None = None
     decays = (0.0,) if paper else DECAYS
     settings = [AdamSetting(lr, e, decay) for decay in decays for lr in RATES for e in EPOCHS]
 
-    def fit(data: Sequence[Rows], present_P: Tensor, grids: Sequence[Sequence[Any]]) -> list[Heads]:
+    def fit(
+        data: Sequence[Rows], present_P: Tensor, grids: Sequence[Sequence[Any]]
+    ) -> Iterator[Fitted]:
         first = (start[0][present_P], start[1][present_P]) if start else None
-        return [
-            fit_adam(rows.features, rows.labels, len(present_P), grid, start=first)
-            for rows, grid in zip(data, grids, strict=True)
-        ]
+        for rows, grid in zip(data, grids, strict=True):
+            yield fit_adam(rows.features, rows.labels, len(present_P), grid, start=first), []
 
     return Method(settings, AdamSetting(0.01, 20), fit)
 
 
 def find_probes(tasks: Sequence[Task], classes: int, method: Method) -> list[Probe]:
-    """The probe of each task; all tasks' fits are one call of the solver.
+    """The probe of each task; the solver takes all tasks' fits together.
 
-    The rows to fit must have the same classes in all tasks.
+    The rows to fit must have the same classes in all tasks. Each fold's heads are judged as they
+    arrive, so that those of two folds are held at a time, and what the solver holds (`HELD`).
     """
     folds = [fitted for task in tasks for fitted, _ in task.folds]
-    heads = iter(_fit(folds, classes, [method.settings] * len(folds), method))
-    choices = [_choose(task, [next(heads) for _ in task.folds], method) for task in tasks]
+    fits = _fit(folds, classes, [method.settings] * len(folds), method)
+    choices = [_choose(task, fits, method) for task in tasks]
     later = [i for i, choice in enumerate(choices) if choice.head is None]
     finals = [tasks[i].final for i in later]
-    for i, head in zip(
-        later, _fit(finals, classes, [[choices[i].setting] for i in later], method), strict=True
-    ):
+    fits = _fit(finals, classes, [[choices[i].setting] for i in later], method)
+    for i, (head, unfinished) in zip(later, fits, strict=True):
+        choices[i].unfinished.update(unfinished)
         choices[i] = choices[i]._replace(head=(head[0][0], head[1][0]))
     return [
-        Probe(*choice.head, choice.setting, choice.judged, len(task.final.labels))
+        Probe(
+            *choice.head,
+            choice.setting,
+            choice.judged,
+            len(task.final.labels),
+            sorted(choice.unfinished),
+        )
         for task, choice in zip(tasks, choices, strict=True)
         if choice.head
     ]
@@ -109,18 +119,25 @@ class _Choice(NamedTuple):
     setting: Any
     judged: list[float] | None
     head: Heads | None  # weight [C, D], bias [C], where the final rows were fitted already
+    unfinished: set[Any]
 
 
-def _choose(task: Task, heads: list[Heads], method: Method) -> _Choice:
-    if not heads:
-        return _Choice(method.blind, None, None)
-    pairs = zip(heads, task.folds, strict=True)
-    correct_G = torch.stack([_correct(head, held) for head, (_, held) in pairs]).sum(0)
+def _choose(task: Task, fits: Iterator[Fitted], method: Method) -> _Choice:
+    """Judge the settings by the task's folds, whose fits come next."""
+    unfinished: set[Any] = set()
+    correct_G, final = torch.zeros(len(method.settings), dtype=torch.int64), None
+    for fitted, held in task.folds:
+        head, short = next(fits)
+        unfinished.update(short)
+        correct_G += _correct(head, held)
+        final = head if fitted is task.final else None
+    if not task.folds:
+        return _Choice(method.blind, None, None, unfinished)
     judged = (correct_G.double() / sum(len(held.labels) for _, held in task.folds)).tolist()
     best = int(correct_G.argmax())  # the first of equals
-    fitted = task.folds[0][0] is task.final
-    head = (heads[0][0][best], heads[0][1][best]) if fitted else None
-    return _Choice(method.settings[best], judged, head)
+    # copies, so that the other settings' weights are not kept
+    chosen = (final[0][best].clone(), final[1][best].clone()) if final else None
+    return _Choice(method.settings[best], judged, chosen, unfinished)
 
 
 def _correct(head: Heads, rows: Rows) -> Tensor:
@@ -135,42 +152,42 @@ def _correct(head: Heads, rows: Rows) -> Tensor:
 
 def _fit(
     data: Sequence[Rows], classes: int, grids: Sequence[Sequence[Any]], method: Method
-) -> list[Heads]:
+) -> Iterator[Fitted]:
     """Fit among the classes present; a class without images is never predicted."""
     if not data:
-        return []
+        return
     present_P = data[0].labels.unique()
     compact = [Rows(x, torch.searchsorted(present_P, labels)) for x, labels in data]
-    found: list[Heads] = []
-    for weight_GPD, bias_GP in method.fit(compact, present_P, grids):
+    for (weight_GPD, bias_GP), unfinished in method.fit(compact, present_P, grids):
         weight_GCD = torch.zeros(len(weight_GPD), classes, weight_GPD.shape[2])
         bias_GC = torch.full((len(weight_GPD), classes), NEVER)
         weight_GCD[:, present_P], bias_GC[:, present_P] = weight_GPD, bias_GP
-        found.append((weight_GCD, bias_GC))
-    return found
+        yield (weight_GCD, bias_GC), unfinished
 
 
 def _fit_lbfgs(
     data: Sequence[Rows], present_P: Tensor, grids: Sequence[Sequence[float]]
-) -> list[Heads]:
-    found: list[Heads] = []
-    for fit, grid in zip(fit_grids(data, len(present_P), grids), grids, strict=True):
-        if not fit.converged.all():
+) -> Iterator[Fitted]:
+    weights = len(present_P) * data[0].features.shape[1] * max(map(len, grids))
+    at_once = max(1, HELD // weights)
+    for start in range(0, len(data), at_once):
+        some = slice(start, start + at_once)
+        for fit, grid in zip(
+            fit_grids(data[some], len(present_P), grids[some]), grids[some], strict=True
+        ):
             unfinished = [c for c, ok in zip(grid, fit.converged.tolist(), strict=True) if not ok]
-            logger.warning("the probes with C = %s stopped short of the optimum", unfinished)
-        found.append((fit.weight.float(), fit.bias.float()))
-    return found
+            if unfinished:
+                logger.warning("the probes with C = %s stopped short of the optimum", unfinished)
+            yield (fit.weight.float(), fit.bias.float()), unfinished
 
 
 def _fit_sklearn(
     data: Sequence[Rows], present_P: Tensor, grids: Sequence[Sequence[float]]
-) -> list[Heads]:
+) -> Iterator[Fitted]:
     """scikit-learn's LogisticRegression, one fit after another: the reference."""
-    found: list[Heads] = []
     for rows, grid in zip(data, grids, strict=True):
         fits = [_sklearn(rows, len(present_P), c) for c in grid]
-        found.append((torch.stack([w for w, _ in fits]), torch.stack([b for _, b in fits])))
-    return found
+        yield (torch.stack([w for w, _ in fits]), torch.stack([b for _, b in fits])), []
 
 
 def _sklearn(rows: Rows, classes: int, c: float) -> Heads:

@@ -1,29 +1,33 @@
 """The sweep of a labelled set: encode once, probe at every number of shots, test, write down."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from clip_models import Head, LoadedModel, build_head, list_heads, read_templates, save_head
+from clip_models import Head, LoadedModel, list_heads, read_templates, save_head
 from torch import Tensor
 from tqdm import tqdm
 
 from clip_probe.datasets import Split, open_split
 from clip_probe.draws import Rows, Task, few_shot_draw, few_shot_task, full_task
 from clip_probe.errors import ProbeError
+from clip_probe.evaluate import templates_hash, zeroshot_head
 from clip_probe.extract import Feature
 from clip_probe.features import EncodeOptions, encode
-from clip_probe.metrics import Scores, best_classes, score
+from clip_probe.metrics import Scores, score
 from clip_probe.predictions import predict, write_predictions
 from clip_probe.probes import Method, Probe, Solver, find_probes, method_of
 from clip_probe.sweep_files import SweepFiles
 
 Start = Literal["random", "zero-shot"]
+SHOTS = (1, 2, 4, 8, 16)
 PAPER = "the paper's (2212.07143, section 4.3): Adam, batch 256, the best of the grid on TEST"
 BY_VAL = "accuracy on the val split; the full probe is refitted on train and val"
 WITHOUT_VAL = (
@@ -41,12 +45,14 @@ def sweep(
     train_split: str = "train",
     val_split: str | None = None,
     test_split: str = "test",
-    shots: Sequence[int] = (1, 2, 4, 8, 16),
+    shots: Sequence[int] = SHOTS,
     feature: Feature = "post",
     seeds: int = 3,
     solver: Solver = "lbfgs",
     start: Start = "random",
     paper: bool = False,
+    templates: str | None = None,
+    classnames: str | None = None,
     head_name: str | None = None,
     output: Path | None = None,
     **options: Unpack[EncodeOptions],
@@ -56,23 +62,33 @@ def sweep(
     `output` receives what `SweepFiles` lists; where it holds this very sweep already, that is
     returned, and where it holds its beginning, it continues. `head_name` saves the full-data probe
     in the model directory. `paper` is the paper's protocol: its grid with the adam solver, and
-    the best setting chosen on the test split.
+    the best setting chosen on the test split. `templates` (of the zero-shot head) and `classnames`
+    replace the set's own, as in `zeroshot`.
 
     Raises:
-        ProbeError: options that contradict each other, a class with fewer images than shots, the
-            head cannot be saved, `output` holds another sweep; as `open_split`, `encode` and
-            `full_task`.
+        ProbeError: as `check_options`; a class with fewer images than shots, the head cannot be
+            saved, `output` holds another sweep; as `open_split`, `encode` and `full_task`.
+        ModelError: class names are missing, or a template has no {c}.
     """
     solver = "adam" if paper else solver
-    _check_options(solver, start, paper, val_split, feature, head_name)
+    check_options(shots, feature, seeds, solver, start, paper, val_split, head_name)
     names = {"train": train_split, "val": val_split, "test": test_split}
-    splits = {role: open_split(dataset, name) for role, name in names.items() if name}
+    splits = {
+        role: open_split(dataset, name, class_names=classnames)
+        for role, name in names.items()
+        if name
+    }
     train, test, classes = splits["train"], splits["test"], len(splits["train"].class_names)
-    _check_shots(train, torch.tensor(train.labels), shots)
+    check_shots(train, torch.tensor(train.labels), shots)
     method = method_of(solver, paper=paper)
+    towers = json.dumps(model.config.to_dict(), sort_keys=True)
+    prompted = templates or (test.path / "zeroshot_classification_templates.txt").is_file()
+    prompts = read_templates(templates or test.path) if prompted else None
     settings: dict[str, Any] = {
         "fingerprint": model.fingerprint,
+        "model_config": hashlib.sha256(towers.encode()).hexdigest()[:16],
         "preprocess": model.preprocess.hash,
+        "templates_hash": templates_hash(prompts) if prompts else None,
         "splits": names,
         "digests": {role: split.digest for role, split in splits.items()},
         "feature": feature,
@@ -86,15 +102,17 @@ def sweep(
     }
     files = SweepFiles(output, settings) if output else None
     earlier = files.finished() if files else None
-    if earlier and (head_name is None or head_name in list_heads(model.path)):
+    saved = head_name in list_heads(model.path)
+    if earlier and (head_name is None or (saved and earlier["head"] == head_name)):
         logger.info("nothing left to do: %s holds this sweep", output)
         return earlier
-    if head_name in list_heads(model.path):
+    if saved:
         raise ProbeError(
             f"{model.path} has a head {head_name!r} already: give --save-head another name"
         )
 
-    zero_shot = _zero_shot_head(model, test)
+    # what probes are compared with
+    zero_shot = zeroshot_head(model, test, templates) if prompts else None
     if start == "zero-shot":
         if zero_shot is None:
             raise ProbeError(f"--start zero-shot: {test.path} has no templates to make a head of")
@@ -109,12 +127,12 @@ def sweep(
         for role, split in splits.items()
     }
     rows = {role: Rows(F.normalize(e.features[feature]), e.labels) for role, e in encoded.items()}
-    _check_shots(train, rows["train"].labels, shots)  # again: some images may be corrupt
+    check_shots(train, rows["train"].labels, shots)  # again: some images may be corrupt
     absent = _absent_classes(splits, rows)
 
     def tested(logits: Callable[[Tensor], Tensor], kind: Feature = feature) -> Scores:
-        best = best_classes(logits, encoded["test"].features[kind])
-        return score(best, encoded["test"].labels, classes)
+        said = predict(logits, encoded["test"].features[kind])
+        return score(said.best_NK, said.predicted_N, encoded["test"].labels, classes)
 
     def choice(probe: Probe) -> dict[str, Any]:
         return _choice(probe, method, "test_acc1" if paper else "val_acc1")
@@ -179,11 +197,11 @@ def _task(rows: dict[str, Rows], shots: int | None, seed: int, paper: bool) -> T
 def _choice(probe: Probe, method: Method, judged_by: str) -> dict[str, Any]:
     """How the setting was chosen. At an end of a grid of C a better C may lie beyond it."""
     c, ends = probe.setting, (method.settings[0], method.settings[-1])
-    at_end = {"c_at_grid_end": c in ends} if isinstance(c, float) else {}
+    of_c = {"c_at_grid_end": c in ends, "c_not_converged": probe.unfinished}
     return {
         "train_samples": probe.train_samples,
         **method.describe(probe.setting),
-        **at_end,
+        **(of_c if isinstance(c, float) else {}),
         judged_by: probe.judged,
     }
 
@@ -203,17 +221,37 @@ def _absent_classes(splits: dict[str, Split], rows: dict[str, Rows]) -> dict[str
     return found
 
 
-def _check_options(
-    solver: Solver,
-    start: Start,
-    paper: bool,
-    val_split: str | None,
-    feature: Feature,
-    head_name: str | None,
+def check_options(
+    shots: Any = SHOTS,
+    feature: str = "post",
+    seeds: Any = 1,
+    solver: str = "lbfgs",
+    start: str = "random",
+    paper: bool = False,
+    val_split: str | None = None,
+    head_name: str | None = None,
+    **_: Any,
 ) -> None:
+    """Check options of `sweep`, which a suite takes from a file.
+
+    Raises:
+        ProbeError: a value that an option does not take, or options that contradict each other.
+    """
+    for name, value, known in (
+        ("solver", solver, get_args(Solver)),
+        ("feature", feature, get_args(Feature)),
+        ("start", start, get_args(Start)),
+        ("paper", paper, (True, False)),
+    ):
+        if value not in known:
+            raise ProbeError(f"{name} {value!r} is none of {', '.join(map(str, known))}")
+    if not isinstance(shots, Sequence) or not all(map(_is_count, shots)):
+        raise ProbeError(f"shots {shots!r}: expected a list of whole numbers from 1 on")
+    if not _is_count(seeds):
+        raise ProbeError(f"seeds {seeds!r}: expected a whole number from 1 on")
     if paper and val_split:
         raise ProbeError("--paper chooses on the test split: leave --val-split out")
-    if start == "zero-shot" and (solver != "adam" or feature != "post"):
+    if start == "zero-shot" and ((solver != "adam" and not paper) or feature != "post"):
         raise ProbeError(
             "--start zero-shot takes --solver adam or --paper, and post features: the optimum of "
             "the other solvers depends on no start, and zero-shot heads read embeddings"
@@ -222,7 +260,12 @@ def _check_options(
         raise ProbeError("a probe on pixels is no head of a model: leave --save-head out")
 
 
-def _check_shots(train: Split, labels_N: Tensor, shots: Sequence[int]) -> None:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def check_shots(train: Split, labels_N: Tensor, shots: Sequence[int]) -> None:
+    """Raises: ProbeError: a class that is there has fewer images than shots."""
     counts = labels_N.bincount()
     counts[counts == 0] = counts.max()  # an absent class is reported, not drawn from
     label, fewest = int(counts.argmin()), int(counts.min())
@@ -233,10 +276,3 @@ def _check_shots(train: Split, labels_N: Tensor, shots: Sequence[int]) -> None:
             f"{train.name!r} of {train.path}, fewer than {too_many[0]} shots: "
             f"use --shots '{enough}'"
         )
-
-
-def _zero_shot_head(model: LoadedModel, data: Split) -> Head | None:
-    """The head to compare probes with; None where the set has no templates."""
-    if not (data.path / "zeroshot_classification_templates.txt").is_file():
-        return None
-    return build_head(model, data.class_names, read_templates(data.path), allow_duplicates=True)
