@@ -70,10 +70,3 @@ def test_corrupt_images(tmp_path: Path):
     with pytest.raises(FinetuneError, match="1 of 11 images cannot be decoded"):
         refuse_corrupt(batches.tasks[0], 1, drawn=0)
     refuse_corrupt(batches.tasks[0], 1, drawn=20)
-
-
-def test_nothing_but_corrupt_images(tmp_path: Path):
-    path = write_set(tmp_path / "s", {"train": [(b"not an image", 5)] * 30}, shards=1)
-    batches = train_batches(path, batch_size=2)
-    with pytest.raises(FinetuneError, match="30 of 30 images cannot be decoded"):
-        refuse_corrupt(batches.tasks[0], batches[0].corrupt, drawn=2)

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """Images of one set, and how many could not be decoded on the way."""
 
     source: int  # which of the T tasks or sets
-    images: Tensor  # [B, 3, S, S] uint8
+    images: Tensor  # [B, 3, S, S] uint8; [B, 0] where no image of the set can be decoded
     labels: Tensor  # [B] int64
     draws: Tensor  # [B] int64, a random number for each image, e.g. to choose its prompt
     corrupt: int
@@ -61,8 +61,7 @@ class TrainBatches(Dataset[Batch]):
         rows = [self._sample(task, position) for position in range(first, first + self.share)]
         images, labels, draws, corrupt = zip(*rows, strict=True)
         columns = torch.tensor(labels), torch.tensor(draws)
-        found = min(sum(corrupt), max(len(self.tasks[task]), self.share))
-        return Batch(task, torch.stack(images), *columns, found)
+        return Batch(task, torch.stack(images), *columns, sum(corrupt))
 
     def _sample(self, task: int, position: int) -> tuple[Tensor, int, int, int]:
         """(image, label, random number, 1 if corrupt) at `position` of the task's sequence.
@@ -81,8 +80,7 @@ class TrainBatches(Dataset[Batch]):
             except ImageError:
                 continue
             return image, int(data.label_N[candidate]), crop, int(skipped > 0)
-        nothing = torch.empty(0, dtype=torch.uint8)  # of all images: `refuse_corrupt` ends the run
-        return nothing, 0, crop, len(data)
+        return torch.empty(0, dtype=torch.uint8), 0, crop, 1  # of all images; the run ends
 
 
 def derive_seed(*key: int) -> int:

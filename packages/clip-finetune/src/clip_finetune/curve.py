@@ -117,11 +117,14 @@ def _open(paths: tuple[Path, ...], split: str) -> list[LabelledSet]:
 
 
 def _refuse_trained_on(finetuned: Path, checked: list[LabelledSet]) -> None:
-    """The largest alpha would look best on what it learned by heart."""
+    """The largest alpha would look best on what was learned by heart.
+
+    Of the same split, because a fingerprint holds no pixels: two splits can have the same sizes.
+    """
     provenance = read_model_config(finetuned)[1].get("provenance") or {}
-    learned = {task["data"] for task in provenance.get("tasks", [])}
+    learned = {(task["split"], task["data"]) for task in provenance.get("tasks", [])}
     for data in checked:
-        if data.fingerprint() in learned:
+        if (data.split, data.fingerprint()) in learned:
             raise FinetuneError(
                 f"{finetuned} was trained on {data.path / data.split}, so alpha cannot be chosen "
                 "on it; name another --val-split, or use --rule fixed"

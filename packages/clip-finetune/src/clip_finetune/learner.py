@@ -30,7 +30,7 @@ class Learner(nn.Module):
     def __init__(self, clip: CLIP, heads: list[Head], config: TrainConfig, world: int = 1) -> None:
         """Args: heads: of the tasks in order, on the model's device. world: processes."""
         super().__init__()
-        self.autocast = torch.bfloat16 if config.precision == "bf16" else None
+        self.bf16 = config.precision == "bf16"
         self.label_smoothing = config.label_smoothing
         self.flyp = config.method == "flyp"
         clip.requires_grad_(False).eval()
@@ -63,9 +63,8 @@ class Learner(nn.Module):
         The loss is the mean over the batch, of all processes for FLYP. Hits are the images of which
         the task's head (for FLYP the head at the start) is right, a scalar.
         """
-        enabled = self.autocast is not None
         texts_BE = None
-        with torch.autocast(images_B3SS.device.type, self.autocast or torch.bfloat16, enabled):
+        with torch.autocast(images_B3SS.device.type, torch.bfloat16, self.bf16):
             features_BE = cast(Tensor, self.visual(images_B3SS))
             if self.flyp:
                 texts_BE = cast(Tensor, self.text(prompts_BL))

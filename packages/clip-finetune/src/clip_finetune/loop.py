@@ -174,7 +174,7 @@ class Trainer:
         # whatever is random (erasing, drop-path) is a function of the step too
         seed = derive_seed(config.seed, self.step, self.accelerator.process_index)
         torch.manual_seed(seed)
-        if not batch.images.numel():  # no image of the set can be decoded, in any process
+        if not batch.images.numel():  # then all processes find so
             refuse_corrupt(task.data, len(task.data), 0)
         images_B3SS = self.loaded.preprocess.normalize(batch.images.to(self.device))
         if self.erase:
