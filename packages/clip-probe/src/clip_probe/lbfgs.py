@@ -15,9 +15,10 @@ What makes it quick:
 - A finished problem leaves the passes.
 """
 
-# S samples, N rows of one, B rows of a block, K features, C classes, P problems, L of them live,
-# M pairs of L-BFGS's history
+# S samples, N rows of one, B rows of a block, K features, C classes, V = C * K weights, P problems,
+# L of them live, M pairs of L-BFGS's history
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -57,9 +58,9 @@ class _State:
     inverse_PCK: Tensor  # of the Hessian's diagonal
     loss_P: Tensor
     length_P: Tensor
-    s_MPCK: Tensor  # steps
-    y_MPCK: Tensor  # and changes of gradient
-    curvature_MP: Tensor  # s . y, infinite where there is no pair
+    s_PMCK: Tensor  # steps
+    y_PMCK: Tensor  # and changes of gradient
+    curvature_PM: Tensor  # s . y, infinite where there is no pair
     decrement_MP: Tensor  # half the Newton decrement at the last M places, the latest included
     pairs_P: Tensor  # how many there were; the next goes to slot pairs % M
 
@@ -93,7 +94,7 @@ class Problems:
         width = self.square_SK.shape[1]
         w_PCK = torch.zeros(problems, classes, width, dtype=torch.float64)
         w_PCK[..., 0] = self.frequency_SC[self.owner_P].log()
-        history = torch.zeros(HISTORY, problems, classes, width, dtype=torch.float32)
+        history = torch.zeros(problems, HISTORY, classes, width, dtype=torch.float32)
         state = _State(
             w_PCK,
             w_PCK,
@@ -102,7 +103,7 @@ class Problems:
             torch.ones(problems, dtype=torch.float64),
             history,
             history.clone(),
-            torch.full((HISTORY, problems), torch.inf, dtype=torch.float64),
+            torch.full((problems, HISTORY), torch.inf, dtype=torch.float64),
             torch.zeros(HISTORY, problems, dtype=torch.float64),
             torch.zeros(problems, dtype=torch.int64),
         )
@@ -126,7 +127,8 @@ class Problems:
         state.length_P = torch.ones_like(state.length_P)
         for _ in range(max_iterations):
             grad_LCK, inverse_LCK = state.grad_PCK[live_L], state.inverse_PCK[live_L]
-            step_LCK = _two_loop(state, live_L, grad_LCK, inverse_LCK).neg_()
+            directions = zip(live_L.tolist(), grad_LCK, inverse_LCK, strict=True)
+            step_LCK = torch.stack([_direction(state, *of) for of in directions])
             slope_L, loss_L = _dot(grad_LCK, step_LCK), state.loss_P[live_L]
             state.decrement_MP[state.pairs_P[live_L] % HISTORY, live_L] = -0.5 * slope_L
             left_L = _gap(state, live_L)
@@ -170,8 +172,8 @@ class Problems:
         change_LCK = grad_LCK - state.grad_PCK[moved]
         curvature_L = _dot(step_LCK, change_LCK)
         slot_L = state.pairs_P[moved] % HISTORY
-        state.s_MPCK[slot_L, moved], state.y_MPCK[slot_L, moved] = step_LCK, change_LCK
-        state.curvature_MP[slot_L, moved] = torch.where(curvature_L > 0, curvature_L, torch.inf)
+        state.s_PMCK[moved, slot_L], state.y_PMCK[moved, slot_L] = step_LCK, change_LCK
+        state.curvature_PM[moved, slot_L] = torch.where(curvature_L > 0, curvature_L, torch.inf)
         state.pairs_P[moved] += 1
         state.w_PCK[moved], state.loss_P[moved] = trial_LCK[good_L], trial_loss_L[good_L]
         state.grad_PCK[moved], state.inverse_PCK[moved] = grad_LCK, inverse_LCK
@@ -244,22 +246,25 @@ def _dot(a_PCK: Tensor, b_PCK: Tensor) -> Tensor:
     return torch.tensor([a.dot(b).item() for a, b in pairs], dtype=torch.float64)
 
 
-def _two_loop(state: _State, live_L: Tensor, grad_LCK: Tensor, inverse_LCK: Tensor) -> Tensor:
-    """Inverse Hessian times gradient, for each problem (Nocedal & Wright, Algorithm 7.4)."""
-    q_LCK, dtype = grad_LCK.clone(), grad_LCK.dtype
-    ages = range(1, HISTORY + 1)
-    slots = [(state.pairs_P[live_L] - age) % HISTORY for age in ages]
-    curvatures = [state.curvature_MP[slot, live_L] for slot in slots]
-    alphas: list[Tensor] = []
-    for slot, curvature_L in zip(slots, curvatures, strict=True):
-        alphas.append(_dot(state.s_MPCK[slot, live_L], q_LCK) / curvature_L)
-        q_LCK.addcmul_(state.y_MPCK[slot, live_L], alphas[-1].to(dtype)[:, None, None], value=-1)
-    y_LCK = state.y_MPCK[slots[0], live_L]
-    scale_L = curvatures[0] / _dot(y_LCK, inverse_LCK * y_LCK)
-    scale_L = torch.where(curvatures[0].isinf(), 1.0, scale_L)  # no pair yet
-    r_LCK = q_LCK.mul_(inverse_LCK).mul_(scale_L.to(dtype)[:, None, None])
-    for slot, curvature_L, alpha_L in reversed(list(zip(slots, curvatures, alphas, strict=True))):
-        beta_L = _dot(state.y_MPCK[slot, live_L], r_LCK) / curvature_L
-        change_L = (alpha_L - beta_L).to(dtype)[:, None, None]
-        r_LCK.addcmul_(state.s_MPCK[slot, live_L], change_L)
-    return r_LCK
+def _direction(state: _State, problem: int, grad_CK: Tensor, inverse_CK: Tensor) -> Tensor:
+    """Minus the inverse Hessian times one problem's gradient (Nocedal & Wright, Algorithm 7.4).
+
+    Problem by problem: a history then stays in cache, and none is copied for those that are live.
+    """
+    s_MV, y_MV = state.s_PMCK[problem].flatten(1), state.y_PMCK[problem].flatten(1)
+    curvatures = state.curvature_PM[problem].tolist()
+    pairs = int(state.pairs_P[problem])
+    slots = [(pairs - age) % HISTORY for age in range(1, min(pairs, HISTORY) + 1)]
+    q_V, inverse_V = grad_CK.flatten().clone(), inverse_CK.flatten()
+    alphas: list[float] = []
+    for slot in slots:
+        alphas.append(s_MV[slot].dot(q_V).item() / curvatures[slot])
+        q_V.sub_(y_MV[slot], alpha=alphas[-1])
+    r_V = q_V.mul_(inverse_V)
+    if slots and math.isfinite(latest := curvatures[slots[0]]):
+        y_V = y_MV[slots[0]]
+        r_V.mul_(latest / max(y_V.dot(inverse_V * y_V).item(), 1e-30))
+    for slot, alpha in zip(reversed(slots), reversed(alphas), strict=True):
+        beta = y_MV[slot].dot(r_V).item() / curvatures[slot]
+        r_V.add_(s_MV[slot], alpha=alpha - beta)
+    return r_V.neg_().view_as(grad_CK)
