@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from clip_models import fingerprint_of
 from clip_probe.averages import IMAGENET_SHIFTS, VTAB_PLUS, VTAB_PROBE, VTAB_ZEROSHOT, average
 from clip_probe.compare import mcnemar
 from clip_probe.predictions import read_predictions
+from clip_probe.suite_config import read_suite
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 
@@ -82,7 +84,9 @@ def folder(
     metrics = {"image_retrieval_recall@5": 0.25, "text_retrieval_recall@5": 0.5}
     line = {"task": "zeroshot_retrieval", "dataset": "x/captions", "model": "one", "images": 20}
     line |= {"captions": 40, "metrics": metrics, "fingerprint": fingerprint_of(path / "one")}
-    (path / "retrieval.jsonl").write_text(json.dumps(line) + "\n")
+    other = {**line, "task": "zeroshot", "acc1": 0.5}  # of clip-probe: not read
+    del other["metrics"]
+    (path / "retrieval.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(other)}\n")
     return path
 
 
@@ -100,11 +104,15 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def same_files(one: Path, other: Path) -> None:
     """All files but the cache's are equal, byte for byte."""
-    names = sorted(
-        path.relative_to(one)
-        for path in one.rglob("*")
-        if path.is_file() and "features" not in path.parts
+    names, others = (
+        {
+            path.relative_to(folder)
+            for path in folder.rglob("*")
+            if path.is_file() and "features" not in path.parts
+        }
+        for folder in (one, other)
     )
+    assert names == others
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     assert {"results.jsonl", "report.html", "report.md"} <= {str(name) for name in names}
@@ -165,11 +173,13 @@ def test_what_has_changed_is_done_again(
     (result,) = run("suite", suite, out)
     assert result["new"] == 2
     monkeypatch.undo()
-    templates = folder / "sets/shifted/zeroshot_classification_templates.txt"
+    templates = folder / "sets/digits/zeroshot_classification_templates.txt"
     before = templates.read_text()
     templates.write_text("{c}\n")
     (result,) = run("suite", suite, out)
-    assert result["new"] == 2
+    assert result["new"] == 4  # the probe's figures are beside the zero-shot head's
+    zeroshot, probe = read(out)[:2]
+    assert probe["zero_shot"]["acc1"] == zeroshot["acc1"]
     templates.write_text(before)
     suite.write_text(SUITE.replace('two = "two"\n', "").replace(', "two"]', "]"))
     suite.write_text(suite.read_text().replace('baseline = ["one"]\n', ""))
@@ -189,7 +199,8 @@ def test_the_report(whole: Path) -> None:
     assert ("**" in line.split("|")[3]) == (one >= two)
     mean = next(line for line in table.splitlines() if line.startswith("| mean: both"))
     assert f"{100 * both:.1f}" in mean
-    assert "Not all of their sets are here: VTAB+, VTAB, robustness." in text
+    assert "Not all of their sets are here: VTAB+, zero-shot, lacks 35 of 35; VTAB, z" in text
+    assert "; both, probe, lacks 1 of 2 (turned)." in text
     assert "| one | 25.0 | 50.0 |" in text
     precision = rows["one", "properties", "zeroshot"]["mean_average_precision"]
     assert f"{100 * precision:.1f} (" in text
@@ -252,9 +263,9 @@ def test_suites_of_other_images_cannot_be_compared(fail: Fail, folder: Path, who
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (3, 3), (0, 5), (2, 9), (40, 60), (500, 400)])
-def test_mcnemar_equals_scipy(a: int, b: int) -> None:
-    expected = binomtest(a, a + b).pvalue if a + b else 1.0
-    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
+def test_mcnemar_equals_the_sum_of_binomials(a: int, b: int) -> None:
+    expected = 2 * sum(comb(a + b, k) for k in range(min(a, b) + 1)) / 2 ** (a + b)
+    assert mcnemar(a, b) == pytest.approx(min(1, expected), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +280,15 @@ def test_mcnemar_equals_scipy(a: int, b: int) -> None:
         ('"digits", "turned"', '"digits", "cars"', "[averages] both: 'cars' is none of digits"),
         ('base = "digits"', 'base = "cars"', "[robustness]: 'cars' is none of digits, turned"),
         ('baseline = ["one"', 'baseline = ["un"', "[robustness]: 'un' is none of one, two"),
+        ("shots = [1, 2]", "shots = 16", "shots 16: expected a list of whole numbers"),
+        ("shots = [1, 2]", "shots = [1, 20]", "fewer than 20 shots: use --shots '1'"),
+        ("seeds = 2", 'solver = "lbfsg"', "solver 'lbfsg' is none of lbfgs"),
+        ("seeds = 2", 'feature = "prre"', "feature 'prre' is none of post"),
+        ('path = "sets/digits"', "path = 3", "[[sets]] path: expected text, found 3"),
+        ('["digits", "turned"]', "[]", "[averages] both: expected a list of names, found []"),
+        ('shifted = ["turned"]', "shifted = []", "[robustness] shifted: expected a list of names"),
+        ('one = "one"', "one = 1", "[models] one: expected text, found 1"),
+        ('["retrieval.jsonl"]', '"retrieval.jsonl"', "[retrieval] results: expected a list"),
         ('one = "one"', 'one = "uno"', "uno is not a model directory"),
         ('"sets/shifted"', '"sets/none"', "no labelled set at"),
         ('val_split = "val"', 'val_split = "dev"', "no split 'dev'"),
@@ -286,9 +306,48 @@ def test_faults_in_the_file(
     assert says in fail("suite", file, whole)
 
 
-def test_no_file(fail: Fail, tmp_path: Path) -> None:
+def test_no_file_and_others(fail: Fail, folder: Path, tmp_path: Path) -> None:
     assert "no suite at" in fail("suite", tmp_path / "none.toml", tmp_path / "out")
+    assert "no suite at" in fail("suite", tmp_path, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+    (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
+    assert "is no TOML" in fail("suite", tmp_path / "latin.toml", tmp_path / "out")
+    for line in ({"task": "zeroshot_retrieval", "model": "one", "metrics": {}}, {"task": "eval"}):
+        (folder / "no.jsonl").write_text(json.dumps(line) + "\n")
+        file = folder / "no.toml"
+        file.write_text(SUITE.replace("retrieval.jsonl", "no.jsonl"))
+        assert "expected lines of `clip-retrieval eval`" in fail("suite", file, tmp_path / "out")
+
+
+def test_probes_take_the_texts_of_the_suite(
+    run: Run, folder: Path, tmp_path: Path, write_set: WriteSet, rows: Digits
+) -> None:
+    """As zero-shot heads do; the set has none of its own."""
+    path = write_set(tmp_path / "plain", {"train": rows[:60], "test": rows[200:300]})
+    for name in ("classnames", "zeroshot_classification_templates"):
+        (path / f"{name}.txt").rename(tmp_path / f"{name}.txt")
+    (tmp_path / "suite.toml").write_text(
+        f"""
+        [models]
+        one = "{folder / "one"}"
+        [[sets]]
+        path = "plain"
+        classnames = "classnames.txt"
+        templates = "zeroshot_classification_templates.txt"
+        probe = {{ shots = [] }}
+        """
+    )
+    run("suite", tmp_path / "suite.toml", tmp_path / "out")
+    zeroshot, probe = read(tmp_path / "out")
+    assert probe["zero_shot"]["acc1"] == zeroshot["acc1"]
+    assert probe["templates_hash"] == zeroshot["templates_hash"]
+
+
+def test_a_set_of_the_hub_has_clip_benchmarks_name(tmp_path: Path) -> None:
+    file = tmp_path / "suite.toml"
+    sets = "".join(f'[[sets]]\npath = "{p}"\n' for p in ("wds/vtab/dtd", "wds/cars", "x/pets"))
+    file.write_text(f'[models]\nm = "m"\n{sets}')
+    assert [one.name for one in read_suite(file, []).sets] == ["vtab/dtd", "cars", "pets"]
 
 
 def test_averages_are_the_papers() -> None:

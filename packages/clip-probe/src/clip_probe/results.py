@@ -16,8 +16,8 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     """
     if str(file) != "-" and not file.is_file():
         raise ProbeError(f"no results at {file}: expected JSON Lines of zeroshot, eval or suite")
-    text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    try:
+    try:  # bytes that are no UTF-8 are a ValueError too
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         rows: list[Any] = [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
         raise ProbeError(f"{file} is not JSON Lines ({error}): give a file of results") from error

@@ -43,8 +43,11 @@ def robustness(
             is None.
 
     Raises:
-        ProbeError: no model has all sets, a baseline model lacks some or is the only one.
+        ProbeError: no shifted set, no model has all sets, a baseline model lacks some or is the
+            only one.
     """
+    if not shifted:
+        raise ProbeError(f"no shifted set to compare with {base!r}: give one or more")
     complete = [m for m, by_set in scores.items() if {base, *shifted} <= by_set.keys()]
     if not complete:
         raise ProbeError(

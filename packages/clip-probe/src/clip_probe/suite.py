@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from clip_models import LoadedModel, fingerprint_of, profile, read_model_config, read_templates
 
 from clip_probe.datasets import Split, open_split
@@ -37,10 +38,11 @@ from clip_probe.files import write_text
 from clip_probe.results import read_results
 from clip_probe.suite_config import SetConfig, SuiteConfig, read_suite
 from clip_probe.suite_report import write_report
-from clip_probe.sweep import sweep
+from clip_probe.sweep import SHOTS, check_options, check_shots, sweep
 
 Row = dict[str, Any]
 FOLDERS = {"zeroshot": "details", "probe": "probes"}
+RETRIEVAL_KEYS = {"fingerprint", "model", "dataset", "images", "captions", "metrics"}
 logger = logging.getLogger(__name__)
 
 
@@ -112,9 +114,13 @@ def _open(one: SetConfig) -> _Set:
     templates = read_templates(one.templates or split.path)
     digests: dict[str, str] = {}
     if one.probe is not None:
+        check_options(**one.probe)
         for key, default in (("train_split", "train"), ("val_split", None)):
             if name := one.probe.get(key, default):
-                digests[name] = open_split(one.path, name).digest
+                data = open_split(one.path, name, class_names=one.classnames)
+                digests[name] = data.digest
+                if key == "train_split":
+                    check_shots(data, torch.tensor(data.labels), one.probe.get("shots", SHOTS))
     return _Set(one, split, templates_hash(templates), digests)
 
 
@@ -130,9 +136,9 @@ def _plan(
             "precision": options.get("precision", "fp32"),
         }
         for one in sets:
-            data = {**model, "digest": one.split.digest}
+            data = {**model, "digest": one.split.digest, "templates_hash": one.templates_hash}
             key = (name, one.config.name)
-            yield (*key, "zeroshot"), {**data, "templates_hash": one.templates_hash}
+            yield (*key, "zeroshot"), data
             if one.config.probe is not None:
                 probe = {"options": one.config.probe, "splits": one.probe_digests}
                 yield (*key, "probe"), {**data, **probe}
@@ -173,6 +179,8 @@ def _run(
             model,
             one.config.path,
             test_split=one.config.split,
+            templates=one.config.templates,
+            classnames=one.config.classnames,
             output=todo["probe"],
             **probe,
             **options,
@@ -190,9 +198,9 @@ def _retrieval_rows(config: SuiteConfig) -> list[Row]:
     names = {fingerprint_of(path): name for name, path in config.models.items()}
     rows: dict[tuple[str, str], Row] = {}
     for file in config.retrieval:
-        lines = read_results(file)
-        if not any(line.get("task") == "zeroshot_retrieval" for line in lines):
-            raise ProbeError(f"{file}: no line of `clip-retrieval eval` in it")
+        lines = [row for row in read_results(file) if row.get("task") == "zeroshot_retrieval"]
+        if not lines or not all(line.keys() >= RETRIEVAL_KEYS for line in lines):
+            raise ProbeError(f"{file}: expected lines of `clip-retrieval eval`")
         for line in lines:
             if name := names.get(line["fingerprint"]):
                 dataset = Path(line["dataset"]).name

@@ -35,7 +35,10 @@ from typing import Any, cast
 from clip_probe.errors import ProbeError
 from clip_probe.hub import hub_name
 
-PROBE_KEYS_OF_SUITE = ("model", "dataset", "head_name", "output", "test_split", "options")
+PROBE_KEYS_OF_SUITE = (
+    *("model", "dataset", "head_name", "output", "test_split", "options"),
+    *("templates", "classnames"),  # the set's, for both tasks
+)
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,10 @@ def read_suite(path: Path, probe_options: Sequence[str]) -> SuiteConfig:
         ProbeError: no such file, no TOML, an unknown or missing key, a name given twice or unknown.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise ProbeError(f"no suite at {path}: expected a TOML file (see suite --help)") from error
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # no TOML, or no UTF-8
         raise ProbeError(f"{path} is no TOML: {error}") from error
     reader = _Reader(path, tuple(name for name in probe_options if name not in PROBE_KEYS_OF_SUITE))
     return reader.suite(tables)
@@ -102,31 +103,35 @@ class _Reader:
         self._check("the file", tables, known, ("models", "sets"))
         probe = self._table("[probe]", tables.get("probe", {}), self.probe_options)
         models = {
-            name: self._path(p) for name, p in self._table("[models]", tables["models"]).items()
+            name: self._path(self._text(f"[models] {name}", path))
+            for name, path in self._table("[models]", tables["models"]).items()
         }
-        sets = tuple(self._set(table, probe) for table in tables["sets"])
+        if not isinstance(tables["sets"], list):
+            raise self._wrong("the file: expected sets as [[sets]]")
+        sets = tuple(self._set(table, probe) for table in cast(list[Any], tables["sets"]))
         names = [one.name for one in sets]
         if twice := [name for name in names if names.count(name) > 1]:
             raise self._wrong(f"two sets are called {twice[0]!r}; give one another `name`")
         averages = {
-            name: tuple(some)
+            name: self._texts(f"[averages] {name}", some)
             for name, some in self._table("[averages]", tables.get("averages", {})).items()
         }
         robust = None
         if "robustness" in tables:
             keys = ("base", "shifted", "baseline")
             table = self._table("[robustness]", tables["robustness"], keys, keys[:2])
-            baseline = tuple(table.get("baseline", ()))
-            robust = RobustnessConfig(table["base"], tuple(table["shifted"]), baseline)
+            baseline = self._texts("[robustness] baseline", table.get("baseline", []), 0)
+            shifted = self._texts("[robustness] shifted", table["shifted"])
+            robust = RobustnessConfig(table["base"], shifted, baseline)
             self._known("[robustness]", (robust.base, *robust.shifted), names)
             self._known("[robustness]", baseline, models)
         for name, some in averages.items():
             self._known(f"[averages] {name}", some, names)
         results = self._table("[retrieval]", tables.get("retrieval", {}), ("results",))
-        files = tuple(self._path(p) for p in results.get("results", ()))
+        files = self._texts("[retrieval] results", results.get("results", []), 0)
         if not models or not sets:
             raise self._wrong("a suite needs a model and a set at least")
-        return SuiteConfig(models, sets, averages, robust, files)
+        return SuiteConfig(models, sets, averages, robust, tuple(map(self._path, files)))
 
     def _set(self, table: Any, common: dict[str, Any]) -> SetConfig:
         names = [f.name for f in fields(SetConfig)]
@@ -136,15 +141,30 @@ class _Reader:
             probe = {**common, **self._table("probe", probe, self.probe_options)}
         else:
             probe = dict(common) if probe else None
-        path = table["path"]
+        texts = {
+            name: self._text(f"[[sets]] {name}", table[name]) for name in table.keys() - {"probe"}
+        }
+        path = texts["path"]
+        on_hub = path.startswith("wds/")
         return SetConfig(
             path=Path(path) if hub_name(path) else self._path(path),
-            name=table.get("name", Path(path).name),
-            split=table.get("split", "test"),
-            templates=self._list_file(table.get("templates")),
-            classnames=self._list_file(table.get("classnames")),
+            # CLIP_benchmark's name has the slash of wds/vtab/dtd
+            name=texts.get("name", path.removeprefix("wds/") if on_hub else Path(path).name),
+            split=texts.get("split", "test"),
+            templates=self._list_file(texts.get("templates")),
+            classnames=self._list_file(texts.get("classnames")),
             probe=probe,
         )
+
+    def _text(self, where: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self._wrong(f"{where}: expected text, found {value!r}")
+        return value
+
+    def _texts(self, where: str, value: Any, least: int = 1) -> tuple[str, ...]:
+        if not isinstance(value, list) or len(cast(list[Any], value)) < least:
+            raise self._wrong(f"{where}: expected a list of names, found {value!r}")
+        return tuple(self._text(where, one) for one in cast(list[Any], value))
 
     def _path(self, text: str) -> Path:
         return self.file.parent / text

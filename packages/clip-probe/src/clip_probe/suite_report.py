@@ -32,7 +32,7 @@ def write_report(config: SuiteConfig, rows: Sequence[Row], output: Path) -> dict
     shifts = []
     if robust:
         shifts = robustness(zeroshot, robust.base, robust.shifted, robust.baseline)
-    add_summary(report, models, rows, zeroshot, averages, probe_averages, shifts, robust)
+    add_summary(report, config, rows, zeroshot, averages, probe_averages, shifts)
     _zeroshot(report, models, by_task["zeroshot"], averages, output)
     if robust:
         _robustness(report, zeroshot, shifts, robust.base, robust.shifted, robust.baseline, output)

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clip_probe.averages import IMAGENET
-from clip_probe.suite_config import RobustnessConfig
+from clip_probe.averages import IMAGENET, PROBE_AVERAGES, ZEROSHOT_AVERAGES
+from clip_probe.suite_config import SuiteConfig
 from clip_probe.tables import Report, best_of, percent
 
 Row = Mapping[str, Any]
@@ -13,20 +13,21 @@ ARROWS = {
     "image_retrieval_recall@": "text to image R@",
     "text_retrieval_recall@": "image to text R@",
 }
+NAMED = 8  # sets that a mean lacks, beyond which their number must do
 
 
 def add_summary(
     report: Report,
-    models: Sequence[str],
+    config: SuiteConfig,
     rows: Sequence[Row],
     zeroshot: Mapping[str, Mapping[str, float]],
     averages: Mapping[str, Mapping[str, float | None]],
     probe_averages: Mapping[str, Mapping[str, float | None]],
     shifts: Sequence[Row],
-    robust: RobustnessConfig | None,
 ) -> None:
     """Add the table; columns without any figure are left out."""
     report.heading("Summary")
+    models, robust = list(config.models), config.robustness
     first = {model: next(row for row in rows if row["name"] == model) for model in models}
     base = robust.base if robust else IMAGENET
     columns: list[tuple[str, list[str], list[float | None]]] = []
@@ -62,8 +63,24 @@ def add_summary(
     cells = [best_of(values, texts) for _, texts, values in columns]
     lines = [[model, *(column[n] for column in cells)] for n, model in enumerate(models)]
     report.table(["model", *(title for title, _, _ in columns)], lines)
-    missing = [name for name, by_model in averages.items() if not any(by_model.values())]
+    lacking = _lacking(
+        config, ZEROSHOT_AVERAGES, "zero-shot", {r["set"] for r in rows if "acc1" in r}
+    )
+    probed = {row["set"] for row in rows if row["task"] == "probe"}
+    lacking += _lacking(config, PROBE_AVERAGES, "probe", probed) if probed else []
     report.paragraph(
         "Scores are in percent; the best of a kind is bold."
-        + (f" Not all of their sets are here: {', '.join(missing)}." if missing else "")
+        + (f" Not all of their sets are here: {'; '.join(lacking)}." if lacking else "")
     )
+
+
+def _lacking(
+    config: SuiteConfig, papers: Mapping[str, Sequence[str]], kind: str, here: set[str]
+) -> list[str]:
+    """Which sets the means lack."""
+    found: list[str] = []
+    for name, sets in {**papers, **config.averages}.items():
+        if lacks := [one for one in sets if one not in here]:
+            named = f" ({', '.join(lacks)})" if len(lacks) <= NAMED else ""
+            found.append(f"{name}, {kind}, lacks {len(lacks)} of {len(sets)}{named}")
+    return found
