@@ -11,7 +11,7 @@ import torch
 from clip_models import load_model, save_model
 from clip_probe import ProbeError
 from clip_probe.probes import GRID, find_probes
-from clip_probe.sweep import sweep
+from clip_probe.sweeps import sweep
 from PIL import Image
 
 from .conftest import invoke
@@ -212,7 +212,7 @@ def test_killed_and_continued_gives_the_same_files(
         fits.append(0)
         return find_probes(*given)
 
-    monkeypatch.setattr("clip_probe.sweep.find_probes", counted)
+    monkeypatch.setattr("clip_probe.sweeps.find_probes", counted)
     assert run(*arguments, "--output", again) == [expected]
     assert len(fits) == left  # of two numbers of shots and the full data
     assert {file.name for file in again.iterdir()} == {file.name for file in whole.iterdir()}

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from clip_probe.errors import ProbeError
     from clip_probe.evaluate import evaluate_heads, zeroshot
     from clip_probe.solver import fit_grid
-    from clip_probe.sweep import sweep
+    from clip_probe.sweeps import sweep
 
 _MODULES = {
     "ProbeError": "errors",
     "evaluate_heads": "evaluate",
     "fit_grid": "solver",
-    "sweep": "sweep",
+    "sweep": "sweeps",  # a module of that name would take its place
     "zeroshot": "evaluate",
 }
 

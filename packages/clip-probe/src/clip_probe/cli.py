@@ -189,7 +189,7 @@ def sweep(model: Path, dataset: Path, save_head: str | None, device: str, **opti
     images drawn (few shots; C = 1 for one shot). The full-data probe is then fitted again on
     training and validation images together. The test split chooses nothing, but with --paper.
     """
-    from clip_probe.sweep import sweep
+    from clip_probe.sweeps import sweep
 
     result = sweep(load(model, device), dataset, head_name=save_head, **options)
     click.echo(json.dumps(result))

@@ -38,7 +38,7 @@ from clip_probe.files import write_text
 from clip_probe.results import read_results
 from clip_probe.suite_config import SetConfig, SuiteConfig, read_suite
 from clip_probe.suite_report import write_report
-from clip_probe.sweep import SHOTS, check_options, check_shots, sweep
+from clip_probe.sweeps import SHOTS, check_options, check_shots, sweep
 
 Row = dict[str, Any]
 FOLDERS = {"zeroshot": "details", "probe": "probes"}
