@@ -165,6 +165,41 @@ def test_what_a_gpu_cannot_take_stays_on_the_cpu(
     assert "the GPU cannot take it, the CPU will: out of memory" in caplog.text
 
 
+def test_a_build_that_a_gpu_cannot_hold_is_the_cpus(
+    rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class GpuIndex:
+        is_trained = False
+
+        def train(self, _: np.ndarray) -> None:
+            raise RuntimeError("out of memory\nat …")
+
+    monkeypatch.setattr(faiss_index, "to_gpu", lambda *_: GpuIndex())
+    plan = plan_index(COUNT, DIM, max_memory=1 << 30, family="ivf-sq8")
+    index = faiss_index.fill(plan, rows, np.arange(1000), tmp_path, gpu=True)
+    assert (type(index), index.ntotal) == (faiss.IndexIVFScalarQuantizer, 1000)
+    assert "the GPU cannot take it, the CPU will: out of memory" in caplog.text
+
+
+def test_what_is_asked_of_a_gpu_is_bounded(
+    rows: Rows, texts: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GpuIndexFlat(faiss.IndexFlatIP):
+        pass
+
+    index = GpuIndexFlat(DIM)  # of zeros, so that its own hits would be others
+    index.add(np.zeros((COUNT, DIM), np.float32))
+    knob, lists = Knob("nprobe", 4096, 128), list[int]()
+    original = faiss.SearchParametersIVF
+    monkeypatch.setattr(
+        faiss, "SearchParametersIVF", lambda nprobe: lists.append(nprobe) or original(nprobe=nprobe)
+    )
+    assert int(knob.faiss_parameters(100, 108, 2048).k_factor * 108) == 2048
+    assert lists == [2048]
+    found = Searcher(index, rows).search(texts[:3], 2041, knob)[0]
+    np.testing.assert_array_equal(found, exact_search(rows, texts[:3], 2041, np.arange(COUNT))[0])
+
+
 def test_smallest() -> None:
     for largest in (1, 7, 64, 1000):
         for needed in (1, 2, 5, 33, 700):

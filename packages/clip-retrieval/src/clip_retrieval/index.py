@@ -40,6 +40,7 @@ _PARTS, _TRAINED = "parts", "trained"  # of an on-disk index, while it is made
 _ON_GPU = ("flat", "ivf-sq8")  # families that FAISS searches there as they are
 _SPARE = 8  # hits beyond those asked for: FAISS takes float16 rows as they are, not as unit rows
 _QUERIES = 1024  # searched at a time
+_GPU_MOST = 2048  # hits, and lists looked into, that FAISS can do on a GPU
 
 
 def faiss_has_gpu() -> bool:
@@ -60,9 +61,21 @@ def to_gpu(index: Any, family: str) -> Any:
     options.use_cuvs = "CUVS" in faiss.get_compile_options()
     try:
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
-    except RuntimeError as error:  # most likely out of GPU memory
-        log.warning("the GPU cannot take it, the CPU will: %s", str(error).splitlines()[0])
+    except RuntimeError as error:
+        _take_back(error)
         return index
+
+
+def _take_back(error: RuntimeError) -> None:
+    # most likely out of GPU memory
+    log.warning("the GPU cannot take it, the CPU will: %s", str(error).splitlines()[0])
+
+
+def on_gpu(index: Any) -> bool:
+    """Whether the GPU searches it."""
+    if isinstance(index, faiss.IndexIDMap):
+        index = faiss.downcast_index(index.index)
+    return "Gpu" in type(index).__name__
 
 
 def _why_not(family: str) -> str:
@@ -81,16 +94,25 @@ def fill(plan: Plan, rows: Rows, rows_N: Int64, directory: Path, *, gpu: bool = 
     index = faiss.index_factory(len(rows.stored_ND[0]), plan.factory, faiss.METRIC_INNER_PRODUCT)
     if plan.lists:
         index.cp.min_points_per_centroid = 1  # FAISS would warn below 39
-    if gpu:
-        index = to_gpu(index, plan.family)
+    if gpu and on_gpu(moved := to_gpu(index, plan.family)):
+        try:
+            _train(moved, plan, rows, rows_N)
+            add(moved, rows, rows_N)
+            return faiss.index_gpu_to_cpu(moved)
+        except RuntimeError as error:
+            _take_back(error)
+    _train(index, plan, rows, rows_N)
+    if plan.family == "on-disk":
+        return _fill_on_disk(index, rows, rows_N, directory)
+    add(index, rows, rows_N)
+    return index
+
+
+def _train(index: Any, plan: Plan, rows: Rows, rows_N: Int64) -> None:
     if not index.is_trained:
         wanted = min(len(rows_N), plan.train_rows)
         sample = np.random.default_rng(0).choice(rows_N, wanted, replace=False)
         index.train(rows.unit(np.sort(sample)))
-    if plan.family == "on-disk":
-        return _fill_on_disk(index, rows, rows_N, directory)
-    add(index, rows, rows_N)
-    return faiss.index_gpu_to_cpu(index) if gpu and "Gpu" in type(index).__name__ else index
 
 
 def _fill_on_disk(trained: Any, rows: Rows, rows_N: Int64, directory: Path) -> Any:
@@ -178,8 +200,12 @@ class Knob:
     value: int
     candidates: int = 1
 
-    def faiss_parameters(self, k: int, asked: int) -> Any:
-        """FAISS's own object for a search of k hits, of which more are asked for."""
+    def faiss_parameters(self, k: int, asked: int, most: int = sys.maxsize) -> Any:
+        """FAISS's own object for a search of k hits, of which more are asked for.
+
+        Args:
+            most: lists and candidates.
+        """
         width = self.value * math.ceil(max(k, TUNED_FOR) / TUNED_FOR)
         if self.parameter is None:
             return None
@@ -187,8 +213,8 @@ class Knob:
             width = max(width, max(k, TUNED_FOR) * self.candidates)
             inner = faiss.SearchParametersHNSW(efSearch=width)
         else:
-            inner = faiss.SearchParametersIVF(nprobe=width)
-        factor = self.candidates * max(k, TUNED_FOR) / asked
+            inner = faiss.SearchParametersIVF(nprobe=min(width, most))
+        factor = min(self.candidates * max(k, TUNED_FOR), most) / asked
         return faiss.IndexRefineSearchParameters(k_factor=max(factor, 1), base_index_params=inner)
 
 
@@ -196,7 +222,7 @@ class Searcher:
     """An index over rows; it is never changed, so threads may share it."""
 
     def __init__(self, index: Any, rows: Rows) -> None:
-        self.index, self.rows = index, rows
+        self.index, self.rows, self._on_gpu = index, rows, on_gpu(index)
         # FAISS wants as many rows as codes, which is not so while some are held out
         empty = faiss.IndexFlatIP(index.d)
         self._refined = faiss.IndexRefine(empty, empty)
@@ -210,8 +236,12 @@ class Searcher:
         """
         k = min(k, self.index.ntotal)
         asked = min(k + _SPARE, self.index.ntotal)
+        most = _GPU_MOST if self._on_gpu else sys.maxsize
+        if asked > most:  # all rows compared, by the CPU
+            return self._in_blocks(self.rows.flat, queries_QD, k, asked, None)
         searched = self._refined if knob.parameter else self.index
-        return self._in_blocks(searched, queries_QD, k, asked, knob.faiss_parameters(k, asked))
+        parameters = knob.faiss_parameters(k, asked, most)
+        return self._in_blocks(searched, queries_QD, k, asked, parameters)
 
     def search_among(self, queries_QD: Float32, k: int, rows_N: Int64) -> tuple[Int64, Float32]:
         """The same of the rows named only, all of which are compared."""
