@@ -1,6 +1,5 @@
 """A tiny random model and a few tiny shards, made once."""
 
-import contextlib
 import io
 import json
 import os
@@ -8,9 +7,11 @@ import random
 import signal
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from clip_models import CLIP, ModelConfig, Preprocess, save_model
@@ -82,6 +83,15 @@ def make_shards(directory: Path, counts: tuple[int, ...] = (20, 13, 7)) -> Path:
     return directory
 
 
+def write_vectors(path: Path, count: int, seed: int = 0, spread: float = 1) -> Path:
+    """Embeddings without a model or captions: unit rows around an axis."""
+    rows = spread * np.random.default_rng(seed).normal(size=(count, 32)) + np.eye(32)[0]
+    (path / "img_emb").mkdir(parents=True)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.save(path / "img_emb" / "img_emb_0.npy", unit.astype(np.float32))
+    return path
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "model")
@@ -123,15 +133,32 @@ def retrieval_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def killed(work: Callable[[], object], seconds: float) -> None:
-    """Fork, and SIGKILL the fork after some time."""
+def killed_twenty_times(work: Callable[[], object]) -> Iterator[bool]:
+    """SIGKILL the work at random moments until twenty met it at work; after each, whether it did.
+
+    Raises:
+        AssertionError: the work failed by itself, or is never met.
+    """
+    moments, met = random.Random(0), list[bool]()
+    while sum(met) < 20:
+        assert len(met) < 100, f"only {sum(met)} of {len(met)} kills met it at work"
+        met.append(_killed(work, moments.uniform(0, 0.25)))
+        yield met[-1]
+
+
+def _killed(work: Callable[[], object], seconds: float) -> bool:
     process = os.fork()
     if process == 0:
         torch.set_num_threads(1)  # a forked child has no OpenMP threads to share work with
         faiss.omp_set_num_threads(1)
-        with contextlib.suppress(BaseException):
+        try:
             work()
-        os._exit(0)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status in (0, -signal.SIGKILL), f"the work failed by itself: status {status}"
+    return status != 0

@@ -1,7 +1,6 @@
 """Building: what is written, that it is whole, and that an interrupted build continues."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,15 @@ from clip_models import load_model
 from clip_retrieval import Index, RetrievalError, build, build_index, embed_parts, verify_index
 from clip_retrieval.shards import read_samples
 
-from .conftest import caption, killed, make_shards, picture, training_sample, write_tar
+from .conftest import (
+    caption,
+    killed_twenty_times,
+    make_shards,
+    picture,
+    training_sample,
+    write_tar,
+    write_vectors,
+)
 
 
 class Killed(BaseException):
@@ -101,6 +108,7 @@ def test_workers_and_sidecars_change_nothing(
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
+        (build.os, "replace", 1),  # embeddings.json
         (embed_parts, "write_part", 1),
         (embed_parts, "write_part", 3),
         (build, "write_rows", 1),
@@ -149,22 +157,16 @@ def test_a_killed_build_continues(
 
 def test_killed_at_random_moments(index: Path, model: Path, shards: Path, tmp_path: Path) -> None:
     """SIGKILL twenty times, each build taking up what the last left; a finished one is whole."""
-    new, moments, finished = tmp_path / "index", random.Random(0), 0
+    new = tmp_path / "index"
 
     def assert_whole() -> None:
         assert contents(new)["metadata.arrow"] == contents(index)["metadata.arrow"]
         np.testing.assert_allclose(stored(new), stored(index), atol=1e-3)
 
-    for _ in range(20):
-        killed(
-            lambda: build_index(model, shards, new, workers=0, batch_size=1),
-            moments.uniform(0, 0.5),
-        )
+    for _ in killed_twenty_times(lambda: build_index(model, shards, new, workers=0, batch_size=1)):
         if new.exists():
             assert_whole()
             shutil.rmtree(new)
-            finished += 1
-    assert finished < 10
     build_index(model, shards, new, workers=0, batch_size=1)
     assert_whole()
     assert not (tmp_path / "index.partial").exists()
@@ -266,6 +268,22 @@ def test_one_image(model: Path, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "shards", (1,))
     result = build_index(model, shards, tmp_path / "index", workers=0)
     assert (result["images"], result["recall@10"]) == (1, {})
+
+
+@pytest.mark.parametrize("family", ["hnsw", "ivf-sq8", "ivf-pq", "rabitq", "on-disk"])
+def test_few_rows_in_a_large_family(tmp_path: Path, family: str) -> None:
+    for count in (1, 12, 33):
+        vectors, path = write_vectors(tmp_path / f"v{count}", count), tmp_path / str(count)
+        if family == "ivf-pq" and count < 32:
+            with pytest.raises(
+                RetrievalError, match=rf"learns .* 32 rows or more, there are {count}"
+            ):
+                build_index(None, vectors, path, family=family)
+            continue
+        build_index(None, vectors, path, family=family)
+        opened = Index(path)
+        found = opened.search(opened.rows.unit(np.arange(count)), 1)
+        assert np.mean([matches[0].row == row for row, matches in enumerate(found)]) > 0.9
 
 
 @pytest.mark.parametrize("family", ["hnsw", "ivf-sq8", "ivf-pq", "rabitq", "on-disk"])

@@ -1,9 +1,9 @@
 """Append, remove, merge: the result, that it is atomic, and that a killed change is made again."""
 
 import contextlib
-import random
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ from clip_retrieval import (
     remove,
     verify_index,
 )
+from clip_retrieval.index import Knob
 from clip_retrieval.layout import locked
+from clip_retrieval.tune import Queries
 
-from .conftest import killed, make_shards, training_sample, write_tar
+from .conftest import (
+    killed_twenty_times,
+    make_shards,
+    picture,
+    training_sample,
+    write_tar,
+    write_vectors,
+)
 
 
 class Killed(BaseException):
@@ -107,6 +116,99 @@ def test_every_family_changes(
     assert np.mean([m[0].row == row for row, m in enumerate(own)]) > 0.97
     assert verify_index(path)["faults"] == {}
     assert before.search(before.rows.unit(np.array([3])), 1)[0][0].row == 3  # still mapped
+
+
+def test_the_tuning_outlasts_small_appends(tmp_path: Path) -> None:
+    """The rows held out before are asked again where few are new; one row is new in the first."""
+    path = tmp_path / "index"
+    build_index(None, write_vectors(tmp_path / "all", 700), path, family="ivf-pq")
+    for count in (1, 12, 60):
+        append(None, write_vectors(tmp_path / str(count), count, seed=count), path)
+        facts = Index(path).facts
+        assert facts["trained_on"] == 700
+        assert facts["held_out"]["image"] >= 70
+        assert facts["search"]["value"] < facts["plan"]["largest"]
+        assert 0.9 < facts["recall@10"]["image"] <= 1
+
+
+def test_a_row_does_not_count_as_found_by_itself(tmp_path: Path) -> None:
+    build_index(None, write_vectors(tmp_path / "all", 700), tmp_path / "index", family="ivf-pq")
+    index, asked = Index(tmp_path / "index"), np.arange(100)
+    knob = Knob("nprobe", 1, 1)
+    inside = Queries.prepare(index.rows.unit(asked), index.rows, np.arange(700), asked >= 0)
+    assert inside.recall(index.searcher, knob) == pytest.approx(
+        (10 * replace(inside, inside_Q=asked < 0).recall(index.searcher, knob) - 1) / 9, abs=0.01
+    )
+
+
+def test_a_grown_folder(model: Path, tmp_path: Path) -> None:
+    """Only what is new of it is added; what has changed is refused until it is taken out."""
+    folder, path = tmp_path / "pictures", tmp_path / "index"
+    folder.mkdir()
+    for n in range(5):
+        (folder / f"{n}.png").write_bytes(picture(n))
+    build_index(model, folder, path, workers=0)
+    (folder / "0a.png").write_bytes(picture(9))
+    assert append(None, folder, path, workers=0)["images"] == 6
+    assert append(None, folder, path, workers=0)["status"] == "nothing left to do"
+    opened = Index(path)
+    keys = [opened.row(row)["key"] for row in range(6)]
+    assert keys == [*(f"{n}.png" for n in range(5)), "0a.png"]
+    assert opened.image(5) == picture(9)
+    remove(path, ["1.png"])
+    assert append(None, folder, path, workers=0)["status"] == "nothing left to do"
+    for changed in (picture(7), picture(7) + b"longer"):
+        (folder / "3.png").write_bytes(changed)
+        with pytest.raises(RetrievalError, match=r"3.png has changed since .*--remove"):
+            append(None, folder, path, workers=0)
+    remove(path, ["3.png"])
+    assert append(None, folder, path, workers=0)["images"] == 6
+    assert Index(path).row(5)["key"] == "3.png"
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_a_repaired_shard(model: Path, tmp_path: Path, same_size: bool) -> None:
+    shards, path = make_shards(tmp_path / "shards", (5, 3)), tmp_path / "index"
+    build_index(model, shards, path, workers=0)
+    write_tar(
+        shards / "00001.tar", [training_sample(7, row) for row in range(3 if same_size else 9)]
+    )
+    with pytest.raises(RetrievalError, match=r"00001.tar has changed since .*--remove"):
+        append(None, shards, path, workers=0)
+    remove(path, [training_sample(1, row)[0] for row in range(3)])
+    assert append(None, shards, path, workers=0)["images"] == (8 if same_size else 14)
+    assert Index(path).image(5) == training_sample(7, 0)[1]["png"]
+    assert append(None, shards, path, workers=0)["status"] == "nothing left to do"
+
+
+def test_a_grown_file_of_captions(model: Path, tmp_path: Path) -> None:
+    lines, path = tmp_path / "captions.txt", tmp_path / "index"
+    lines.write_text("a cat\na dog\n")
+    embed_source(model, lines, tmp_path / "texts")
+    build_index(None, tmp_path / "texts", path)
+    lines.write_text("a cat\na dog\na tree\n")
+    with pytest.raises(RetrievalError, match=r"captions.txt/part 0 has changed since"):
+        append(None, lines, path)
+
+
+def test_failures_are_counted_once(model: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    samples = [training_sample(0, row) for row in range(30)]
+    write_tar(shards / "00000.tar", [*samples, ("bad", {"jpg": b"no"})])
+    build_index(model, shards, tmp_path / "index", workers=0)
+    write_tar(shards / "00001.tar", [training_sample(1, 0)])
+    embed_source(model, shards, tmp_path / "embeddings", workers=0)
+    result = append(None, tmp_path / "embeddings", tmp_path / "index")
+    assert (result["images"], result["failed"]) == (31, 1)
+
+
+def test_only_rows_that_were_held_out_are_left(index: Path) -> None:
+    opened = Index(index)
+    held = np.load(index / "g1" / "held_out.npz")["rows_H"].tolist()
+    remove(index, [opened.row(row)["key"] for row in range(40) if row not in held])
+    left = Index(index)
+    found = left.search(left.rows.unit(np.arange(len(held))), 1)
+    assert [matches[0].row for matches in found] == list(range(len(held)))
 
 
 def test_a_much_larger_index_is_trained_anew(
@@ -205,25 +307,32 @@ def test_killed_at_random_moments(
     index: Path, built: Path, model: Path, shards: Path, more: Path, tmp_path: Path
 ) -> None:
     """SIGKILL in the middle of embed and append, twenty times each; between them all is whole."""
-    moments = random.Random(0)
     whole = shutil.copytree(built, tmp_path / "whole")
     append(None, more, whole, workers=0, batch_size=1)
-    for _ in range(20):
-        killed(lambda: append(None, more, index, workers=0, batch_size=1), moments.uniform(0, 0.5))
+    for _ in killed_twenty_times(lambda: append(None, more, index, workers=0, batch_size=1)):
         assert len(Index(index)) in (40, 60)
+        if len(Index(index)) == 60:
+            assert_same(index, whole)
+            shutil.rmtree(index)
+            shutil.copytree(built, index)
     append(None, more, index, workers=0, batch_size=1)
     assert_same(index, whole)
     out, undisturbed = tmp_path / "embeddings", tmp_path / "undisturbed"
-    for _ in range(20):
-        killed(
-            lambda: embed_source(model, shards, out, workers=0, batch_size=1),
-            moments.uniform(0, 0.5),
-        )
-    for path in (out, undisturbed):
-        embed_source(model, shards, path, workers=0, batch_size=1)
-    for file in undisturbed.rglob("*.npy"):
-        same = out / file.relative_to(undisturbed)
-        np.testing.assert_array_equal(np.load(same), np.load(file))
+    embed_source(model, shards, undisturbed, workers=0, batch_size=1)
+
+    def assert_undisturbed() -> None:
+        for file in undisturbed.rglob("*.npy"):
+            same = out / file.relative_to(undisturbed)
+            np.testing.assert_array_equal(np.load(same), np.load(file))
+
+    for met in killed_twenty_times(
+        lambda: embed_source(model, shards, out, workers=0, batch_size=1)
+    ):
+        if not met:
+            assert_undisturbed()
+            shutil.rmtree(out)
+    embed_source(model, shards, out, workers=0, batch_size=1)
+    assert_undisturbed()
 
 
 def test_queries_during_changes(index: Path, more: Path) -> None:
@@ -245,7 +354,7 @@ def test_queries_during_changes(index: Path, more: Path) -> None:
     reader.start()
     opened = Index(index)
     append(None, more, index, workers=0)
-    assert opened.stale()
+    assert len(Index(index)) == 60
     for row in range(12):
         remove(index, [training_sample(5, row)[0]])
     done.set()
@@ -259,3 +368,8 @@ def test_shards_of_the_first_build_are_known(index: Path, model: Path, tmp_path:
     other = make_shards(tmp_path / "other", (3,))
     append(model, other, index, workers=0)
     assert len(Index(index)) == 43
+    key = training_sample(0, 1)[0]  # of both
+    with pytest.raises(RetrievalError, match=rf"{key} is in several sources .*/{key}"):
+        remove(index, [key])
+    assert remove(index, [f"{other}/{key}"])["images"] == 42
+    assert Index(index).image(1) == training_sample(0, 1)[1]["png"]

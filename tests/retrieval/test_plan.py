@@ -37,7 +37,7 @@ def test_too_little_memory_is_one_line() -> None:
 
 
 def test_list_count() -> None:
-    assert [list_count(n) for n in (1, 1000, 1_000_000)] == [4, 128, 4096]
+    assert [list_count(n) for n in (1, 12, 33, 1000, 1_000_000)] == [1, 4, 16, 128, 4096]
 
 
 def test_sizes() -> None:

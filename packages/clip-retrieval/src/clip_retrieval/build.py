@@ -33,6 +33,8 @@ from clip_retrieval.vectors import Rows, unit_rows
 
 log = logging.getLogger(__name__)
 
+_ENOUGH_QUERIES = 100  # new rows that the search of a grown index is tuned with
+
 
 def build_index(
     model: Path | None,
@@ -101,7 +103,7 @@ def build_index(
             "model": str(loaded.path.resolve()) if loaded else embeddings.facts.get("model"),
             "inputs": inputs,
             "settings": settings,
-            "failed": embeddings.failed,
+            "failed": embeddings.failed(),
             "dim": embeddings.dim,
         }
         plan = choose(rows.count, embeddings.dim, settings, gpu=where.type == "cuda")
@@ -198,7 +200,8 @@ def embed_missing(
     missing = [number for number in range(len(parts)) if number not in done]
     embed_parts(loaded, parts, missing, out, texts=False, **options)
     embedded = Embeddings(out)
-    check_failures(embedded.failed, embedded.count + embedded.failed, source)
+    failed = embedded.failed()
+    check_failures(failed, embedded.count + failed, source)
     return embedded
 
 
@@ -227,7 +230,8 @@ def make_generation(
     held = write_rows(files, sources, facts["dim"])
     rows = Rows(files / "rows.index")
     numbers = np.arange(len(rows), dtype=np.int64)
-    held_rows = held.rows_H[held.rows_H >= already]
+    # at most half of the rows: little else may be left by a removal
+    held_rows = held.rows_H[held.rows_H >= already][: len(rows) // 2]
     kept_out = np.isin(numbers, held_rows)
     to_add = numbers[(numbers >= already) & ~kept_out]
     if trained is None:
@@ -239,8 +243,17 @@ def make_generation(
     if loaded:
         held = _with_captions(held, files, loaded)
     held.save(files / "held_out.npz")
-    asked = {"image": rows.unit(held_rows), "text": unit_rows(held.texts_ND)}
-    queries = {k: Queries.prepare(q, rows, numbers[~kept_out]) for k, q in asked.items() if len(q)}
+    asked_rows = held_rows
+    if len(held_rows) < _ENOUGH_QUERIES:  # those of before, which the index holds, are asked too
+        asked_rows = np.union1d(held_rows, held.rows_H[held.rows_H < already])
+    asked = {"image": rows.unit(asked_rows), "text": unit_rows(held.texts_ND)}
+    queries = {
+        kind: Queries.prepare(
+            queries_QD, rows, numbers[~kept_out], asked_rows < already if kind == "image" else None
+        )
+        for kind, queries_QD in asked.items()
+        if len(queries_QD)
+    }
     searcher = faiss_index.Searcher(index, rows)
     knob, recall = tune(searcher, plan, queries, facts["settings"]["target_recall"])
     index = faiss_index.finish(index, plan, rows, held_rows, files)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from clip_models import load_model
+from numpy.typing import NDArray
 
 from clip_retrieval import index as faiss_index
 from clip_retrieval.build import (
@@ -35,6 +36,7 @@ from clip_retrieval.layout import generation, locked, read_facts
 from clip_retrieval.metadata import Metadata
 from clip_retrieval.plan import Plan
 from clip_retrieval.rows import FromEmbeddings, FromIndex, RowSource
+from clip_retrieval.sources import Part
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ def append(
 ) -> dict[str, Any]:
     """Add the parts of a source that the index does not hold; continue what was interrupted.
 
+    Of a folder of pictures that has changed these are the files whose names the index lacks, those
+    that were taken out of it among them.
+
     Args:
         model: where the index's own model lies now, if not where it was.
 
@@ -60,7 +65,8 @@ def append(
         As build_index, with the status "appended" or "nothing left to do".
 
     Raises:
-        RetrievalError: no index, another model than the index's, no usable rows.
+        RetrievalError: no index, another model than the index's, no usable rows, a part or a file
+            that the index holds has changed.
     """
     where = pick_device(device)
     read_facts(index)
@@ -74,14 +80,16 @@ def append(
         inputs = check_model(embeddings, loaded)
         known = {name: value for name, value in inputs.items() if value is not None}
         refuse_other(index, facts["inputs"] | {"width": facts["dim"]}, known)
-        inside = {_identity(part) for part in facts["parts"]}
         if embeddings is None and loaded:
-            new = [part for part in parts if _identity(part.identity()) not in inside]
+            new = _new_parts(index, facts, parts)
             if not new:
                 return summary(index, "nothing left to do")
             out = index / f"appending-{_hash(new)}"
             options = {"batch_size": batch_size, "workers": workers, "thumbnails": thumbnails}
             embeddings = embed_missing(loaded, source, new, out, **options)
+            if parts[0].files:
+                listed = {parts[0].identity()["source"]: _hash(parts)}
+                facts["folders"] = facts.get("folders", {}) | listed
         if embeddings is None:
             raise RetrievalError(f"{source} holds no embeddings")
         if embeddings.dim != facts["dim"]:
@@ -90,11 +98,11 @@ def append(
                 f"{facts['dim']}; append what the same model made"
             )
         found = embeddings.parts()
-        numbers = {n for n, part in enumerate(found) if _identity(part) not in inside}
+        numbers = {n for n, part in enumerate(found) if _is_new(part, facts["parts"])}
         if not numbers:
             return summary(index, "nothing left to do")
         old, more = FromIndex(index, facts), FromEmbeddings(embeddings, numbers)
-        facts["failed"] += embeddings.failed
+        facts["failed"] += embeddings.failed(numbers)
         plan = _plan(facts, old.count + more.count, gpu=where.type == "cuda")
         if _trained_anew(facts, plan, old.count + more.count):
             make_generation(index, facts, [old, more], plan, loaded, gpu=where.type == "cuda")
@@ -114,19 +122,20 @@ def append(
 def remove(index: Path, keys: Collection[str], *, device: str = "auto") -> dict[str, Any]:
     """Take the rows with these keys out of the index, their embeddings and metadata too.
 
+    Args:
+        keys: KEY, or SOURCE/KEY where several sources hold it.
+
     Returns:
         As build_index, with the status "removed" or "nothing left to do", and "removed".
 
     Raises:
-        RetrievalError: no index; nothing would be left.
+        RetrievalError: no index; a key of several sources; nothing would be left.
     """
     where = pick_device(device)
     read_facts(index)
     with locked(index):
         facts = read_facts(index)
-        gone = set(keys)
-        metadata = Metadata(generation(index, facts) / "metadata.arrow")
-        keep_N = np.array([key not in gone for key in metadata.table["key"].to_pylist()])
+        keep_N = ~_named(index, facts, set(keys))
         removed = int((~keep_N).sum())
         if not removed:
             return summary(index, "nothing left to do") | {"removed": 0}
@@ -185,6 +194,80 @@ def merge(out: Path, indexes: Sequence[Path], *, device: str = "auto") -> dict[s
         os.rename(whole, out)
         shutil.rmtree(partial)
     return summary(out, "merged")
+
+
+def _is_new(part: dict[str, Any], inside: Sequence[dict[str, Any]]) -> bool:
+    """Whether the index lacks a part.
+
+    Raises:
+        RetrievalError: it has rows of a part of that name that was written at another time.
+    """
+    alike = [p for p in inside if (p["source"], p["name"]) == (part["source"], part["name"])]
+    states = [(p["bytes"], p.get("modified")) for p in alike]
+    if (part["bytes"], part.get("modified")) in states:
+        return False
+    if any(p["rows"] for p in alike):
+        raise _changed(Path(part["source"]) / part["name"])
+    return True
+
+
+def _new_parts(index: Path, facts: dict[str, Any], parts: Sequence[Part]) -> list[Part]:
+    """The parts that the index lacks; of a folder that it knows, parts of the files that it lacks.
+
+    Raises:
+        RetrievalError: a part or a file that it holds has changed.
+    """
+    source = parts[0].identity()["source"]
+    old = [part for part in facts["parts"] if part["source"] == source]
+    if not parts[0].files or not old:
+        return [part for part in parts if _is_new(part.identity(), old)]
+    if facts.get("folders", {}).get(source) == _hash(parts):
+        return []  # what was taken out of the index stays out while the folder is the same
+    rows = [part["rows"] for part in facts["parts"]]
+    own = np.repeat([part["source"] == source for part in facts["parts"]], rows)
+    table = Metadata(generation(index, facts) / "metadata.arrow").table.filter(own)
+    size_of = dict(zip(table["key"].to_pylist(), table["size"].to_pylist(), strict=True))
+    newest = max(part["modified"] for part in old)
+    new = list[Part]()
+    for part in parts:
+        if any(part.identity().items() <= known.items() for known in old):
+            continue
+        stats = {name: (part.source / name).stat() for name in part.files}
+        for name in stats.keys() & size_of.keys():
+            if stats[name].st_size != size_of[name] or stats[name].st_mtime_ns > newest:
+                raise _changed(part.source / name)
+        if more := {name: stats[name] for name in part.files if name not in size_of}:
+            length = sum(stat.st_size for stat in more.values())
+            modified = max(stat.st_mtime_ns for stat in more.values())
+            name = f"part {len(old) + len(new)}"
+            new.append(Part(part.source, name, length, modified, files=tuple(more)))
+    return new
+
+
+def _changed(what: Path) -> RetrievalError:
+    return RetrievalError(
+        f"{what} has changed since it was indexed; take its rows out first (--remove), or append "
+        "what is new from a place of its own"
+    )
+
+
+def _named(index: Path, facts: dict[str, Any], keys: set[str]) -> NDArray[np.bool_]:
+    """Which rows the keys, or SOURCE/KEY, are of."""
+    column = Metadata(generation(index, facts) / "metadata.arrow").table["key"].to_pylist()
+    sources = [part["source"] for part in facts["parts"] for _ in range(part["rows"])]
+    holders = dict[str, set[str]]()
+    named_N = np.zeros(len(column), bool)
+    for row, (key, source) in enumerate(zip(column, sources, strict=True)):
+        if key in keys:
+            holders.setdefault(key, set()).add(source)
+        named_N[row] = key in keys or f"{source}/{key}" in keys
+    for key, among in holders.items():
+        if len(among) > 1:
+            raise RetrievalError(
+                f"{index}: {key} is in several sources ({', '.join(sorted(among))}); name one, as "
+                f"{min(among)}/{key}"
+            )
+    return named_N
 
 
 def _plan(facts: dict[str, Any], count: int, *, gpu: bool) -> Plan:

@@ -26,7 +26,14 @@ from clip_retrieval.embed import (
     embed_texts,
     pick_device,
 )
-from clip_retrieval.embeddings import FACTS, Embeddings, forget_part, parts_done, write_part
+from clip_retrieval.embeddings import (
+    FACTS,
+    Embeddings,
+    forget_part,
+    parts_done,
+    read_facts,
+    write_part,
+)
 from clip_retrieval.errors import RetrievalError
 from clip_retrieval.metadata import COLUMNS
 from clip_retrieval.processes import join_processes
@@ -82,13 +89,14 @@ def embed_source(
     if rank:
         return None
     embedded = Embeddings(out)
-    check_failures(embedded.failed, embedded.count + embedded.failed, source)
+    failed = embedded.failed()
+    check_failures(failed, embedded.count + failed, source)
     return {
         "embeddings": str(out),
         "status": "embedded" if len(done) < len(parts) else "nothing left to do",
         "parts": len(parts),
         "rows": embedded.count,
-        "failed": embedded.failed,
+        "failed": failed,
         "dim": embedded.dim,
         "fingerprint": loaded.fingerprint,
     }
@@ -112,12 +120,12 @@ def begin(
         "parts": [part.identity() for part in parts],
     }
     file = out / FACTS
+    temporary = out / f"{FACTS}.tmp"  # all that is left of a run that was killed at once
     if file.is_file():
-        _take_up(out, json.loads(file.read_bytes()), facts)
-    elif out.is_dir() and any(child.name != ".lock" for child in out.iterdir()):
+        _take_up(out, read_facts(out), facts)
+    elif out.is_dir() and any(child != temporary for child in out.iterdir()):
         raise RetrievalError(f"{out} is not empty and has no {FACTS}; give another path")
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f"{FACTS}.tmp"
     temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, file)
 
@@ -208,4 +216,5 @@ def _url(record: Record) -> str | None:
     except ValueError:
         return None
     url = told.get("url") if isinstance(told, dict) else None
-    return url if isinstance(url, str) else None
+    # half of a surrogate pair, which JSON can hold, is no UTF-8
+    return url.encode("utf-8", "replace").decode() if isinstance(url, str) else None

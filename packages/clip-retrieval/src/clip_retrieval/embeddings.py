@@ -5,7 +5,7 @@ OUT/text_emb/text_emb_N.npy       of their captions, a row per row
 OUT/metadata/metadata_N.parquet   image_path, caption, url and what else is known, a row per row
 OUT/embeddings.json               ours: the model's fingerprint, and the parts there are to be
 
-A part's metadata is written last, so that a part with metadata is whole. Folders that
+A part's metadata is written last and names its arrays: with these a part is whole. Folders that
 clip-retrieval made have no embeddings.json, and are read like ours.
 """
 
@@ -14,7 +14,8 @@ clip-retrieval made have no embeddings.json, and are read like ours.
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from clip_retrieval.errors import RetrievalError
 from clip_retrieval.metadata import COLUMNS
-from clip_retrieval.vectors import Float16, check_unit
+from clip_retrieval.vectors import BLOCK_ROWS, Float16, check_unit
 
 FACTS = "embeddings.json"
 
@@ -63,9 +64,7 @@ class Embeddings:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.facts: dict[str, Any] = {}
-        if (path / FACTS).is_file():
-            self.facts = json.loads((path / FACTS).read_bytes())
+        self.facts = read_facts(path) if (path / FACTS).is_file() else {}
         self._files = {kind: _numbered(path / kind, ".npy") for kind in ("img_emb", "text_emb")} | {
             "metadata": _numbered(path / "metadata", ".parquet")
         }
@@ -94,15 +93,13 @@ class Embeddings:
         """The embedding width."""
         return self._load(self.kind, self.numbers[0]).shape[1]
 
-    @property
-    def failed(self) -> int:
-        """Pictures that could not be read when they were embedded."""
+    def failed(self, wanted: set[int] | None = None) -> int:
+        """Pictures, of the parts wanted or of all, that could not be read to be embedded."""
         found = 0
-        for file in self._files["metadata"].values():
-            try:
-                found += int((pq.read_schema(file).metadata or {}).get(b"failed", 0))
-            except (pa.ArrowInvalid, OSError) as error:
-                raise RetrievalError(f"{file} cannot be read ({error}); make it again") from error
+        for number, file in self._files["metadata"].items():
+            if wanted is None or number in wanted:
+                with _readable(file):
+                    found += int((pq.read_schema(file).metadata or {}).get(b"failed", 0))
         return found
 
     def parts(self) -> list[dict[str, Any]]:
@@ -117,64 +114,77 @@ class Embeddings:
         return found
 
     def chunks(self, wanted: set[int] | None = None) -> Iterator[Chunk]:
-        """The parts one by one, checked; those numbered, if any are.
+        """The parts in blocks of rows, checked; those numbered, if any are.
 
         Raises:
             RetrievalError: rows that are not of one length, not normalised or not finite.
         """
         for number in self.numbers if wanted is None else sorted(wanted):
-            rows_ND = self._part(self.kind, number)
-            count = len(rows_ND)
-            table = self._table(number, count)
+            count = len(self._load(self.kind, number))
             has_text = bool(self._files["text_emb"])
-            texts_ND = self._part("text_emb", number) if has_text else rows_ND[:0]
-            if has_text and len(texts_ND) != count:
-                raise RetrievalError(
-                    f"{self._files['text_emb'][number]}: {len(texts_ND)} rows beside {count} "
-                    "pictures; embed them again"
-                )
-            # ours stand beside rows without a caption as well, clip-retrieval's are all captions
-            said = table["caption"].is_valid().to_numpy() if self.facts else np.ones(count, bool)
-            text_rows = np.flatnonzero(said) if has_text else np.zeros(0, np.int64)
-            yield Chunk(rows_ND, table, texts_ND[text_rows], text_rows)
+            start = 0
+            for table in self._tables(number, count):
+                rows_ND = self._block(self.kind, number, start, len(table))
+                if has_text and (texts := len(self._load("text_emb", number))) != count:
+                    raise RetrievalError(
+                        f"{self._files['text_emb'][number]}: {texts} rows beside {count} "
+                        "pictures; embed them again"
+                    )
+                # ours stand beside rows without caption as well, clip-retrieval's are all captions
+                said = np.full(len(table), has_text)
+                if has_text and self.facts:
+                    said = table["caption"].is_valid().to_numpy()
+                texts_ND = rows_ND
+                if has_text:
+                    texts_ND = self._block("text_emb", number, start, len(table))
+                yield Chunk(rows_ND, table, texts_ND[said], np.flatnonzero(said))
+                start += len(table)
 
-    def _part(self, kind: str, number: int) -> Float16:
-        rows_ND = self._load(kind, number)
+    def _block(self, kind: str, number: int, start: int, count: int) -> Float16:
+        part_ND = self._load(kind, number)
         where = str(self._files[kind][number])
-        if rows_ND.shape[1] != self.dim:
-            raise RetrievalError(f"{where}: width {rows_ND.shape[1]}, expected {self.dim}")
-        check_unit(rows_ND, where)
+        if part_ND.shape[1] != self.dim:
+            raise RetrievalError(f"{where}: width {part_ND.shape[1]}, expected {self.dim}")
+        rows_ND = part_ND[start : start + count]
+        check_unit(rows_ND, where, first=start)
         return rows_ND.astype(np.float16, copy=False)
 
     def _load(self, kind: str, number: int) -> NDArray[Any]:
         file = self._files[kind][number]
-        try:
+        with _readable(file):
             rows_ND = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise RetrievalError(f"{file} cannot be read ({error}); make it again") from error
         if rows_ND.ndim != 2 or rows_ND.dtype not in (np.float16, np.float32):
             raise RetrievalError(
                 f"{file} holds {rows_ND.dtype} {rows_ND.shape}; expected float16 [rows, width]"
             )
         return rows_ND
 
-    def _table(self, number: int, count: int) -> Any:
-        """A part's metadata as COLUMNS; clip-retrieval's other columns become the json."""
+    def _tables(self, number: int, count: int) -> Iterator[Any]:
+        """A part's metadata as COLUMNS, in blocks; clip-retrieval's own become the json."""
         if number not in self._files["metadata"]:
-            keys = [f"{number:05d}{row:04d}" for row in range(count)]
-            return pa.Table.from_pylist([{"key": key} for key in keys], schema=COLUMNS)
+            for start in range(0, count, BLOCK_ROWS):
+                rows = range(start, min(start + BLOCK_ROWS, count))
+                keys = [{"key": f"{number:05d}{row:04d}"} for row in rows]
+                yield pa.Table.from_pylist(keys, schema=COLUMNS)
+            return
         file = self._files["metadata"][number]
-        try:
-            table = pq.read_table(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise RetrievalError(f"{file} cannot be read ({error}); make it again") from error
-        if table.num_rows != count:
-            raise RetrievalError(f"{file}: {table.num_rows} rows beside {count} embeddings")
-        if self.facts:
-            names = ["key" if name == "image_path" else name for name in table.schema.names]
-            return table.rename_columns(names)
-        rows = [_as_ours(row, number, n) for n, row in enumerate(table.to_pylist())]
-        return pa.Table.from_pylist(rows, schema=COLUMNS)
+        with _readable(file), pq.ParquetFile(file, memory_map=True) as parquet:
+            if parquet.metadata.num_rows != count:
+                raise RetrievalError(
+                    f"{file}: {parquet.metadata.num_rows} rows beside {count} embeddings"
+                )
+            start = 0
+            for batch in parquet.iter_batches(BLOCK_ROWS):
+                table = pa.Table.from_batches([batch])
+                if self.facts:
+                    yield table.rename_columns(
+                        ["key" if name == "image_path" else name for name in table.schema.names]
+                    )
+                else:
+                    rows = enumerate(table.to_pylist(), start)
+                    ours = [_as_ours(row, number, n) for n, row in rows]
+                    yield pa.Table.from_pylist(ours, schema=COLUMNS)
+                start += len(table)
 
 
 def _as_ours(row: dict[str, Any], number: int, n: int) -> dict[str, Any]:
@@ -186,6 +196,29 @@ def _as_ours(row: dict[str, Any], number: int, n: int) -> dict[str, Any]:
         "url": str(url) if url is not None else None,
         "json": json.dumps(row, default=str) if row else None,
     }
+
+
+@contextmanager
+def _readable(file: Path) -> Generator[None]:
+    """Raises RetrievalError for what numpy and pyarrow say of a file that is broken."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
+        raise RetrievalError(f"{file} cannot be read ({error}); make it again") from error
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The contents of embeddings.json.
+
+    Raises:
+        RetrievalError: it is not JSON.
+    """
+    try:
+        return json.loads((path / FACTS).read_bytes())
+    except ValueError as error:
+        raise RetrievalError(
+            f"{path / FACTS} is not JSON ({error}); delete {path} and embed again"
+        ) from error
 
 
 def is_embeddings(path: Path) -> bool:
@@ -204,7 +237,8 @@ def write_part(
         _write(out / kind / f"{kind}_{stem}.npy", buffer.getvalue())
     buffer = BytesIO()
     renamed = table.rename_columns(["image_path", *COLUMNS.names[1:]])
-    pq.write_table(renamed.replace_schema_metadata(table.schema.metadata), buffer)
+    told = (table.schema.metadata or {}) | {b"arrays": " ".join(arrays).encode()}
+    pq.write_table(renamed.replace_schema_metadata(told), buffer)
     _write(out / "metadata" / f"metadata_{stem}.parquet", buffer.getvalue())
 
 
@@ -216,8 +250,19 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def parts_done(out: Path) -> set[int]:
-    """The numbers of the parts that are whole."""
-    return set(_numbered(out / "metadata", ".parquet"))
+    """The numbers of the parts that are whole: a file that was lost or torn is made again."""
+    files = {kind: _numbered(out / kind, ".npy") for kind in ("img_emb", "text_emb")}
+    done = set[int]()
+    for number, file in _numbered(out / "metadata", ".parquet").items():
+        try:
+            told = pq.read_metadata(file)
+            kinds = (told.metadata or {}).get(b"arrays", b"img_emb").decode().split()
+            counts = {len(np.load(files[kind][number], mmap_mode="r")) for kind in kinds}
+        except (pa.ArrowInvalid, OSError, ValueError, EOFError, KeyError):
+            continue
+        if counts == {told.num_rows}:
+            done.add(number)
+    return done
 
 
 def forget_part(out: Path, number: int) -> None:

@@ -17,6 +17,7 @@ _FEW_PER_LIST = 12  # where memory is short; the codes of the on-disk family nee
 BLOCK_ROWS = 1 << 14  # rows on their way into the index at a time, as float32
 DISK_ROWS = 1 << 18  # rows whose lists are built in memory before they go to the disk
 
+_PAIR_CODES = 16  # of 4 bits, learnt for each pair of numbers
 _RANGE_ROWS = 10_000  # to find the range of each number of a graph's vectors
 _ID = 8  # bytes of a row number
 _WIDER = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # candidates per hit, from rough codes
@@ -175,6 +176,11 @@ def _ivf_sq8(count: int, dim: int, why: str) -> Plan:
 def _ivf_pq(count: int, dim: int, why: str) -> Plan:
     if dim % 2:
         raise RetrievalError(f"ivf-pq codes pairs of numbers, the width is {dim}; take ivf-sq8")
+    if count < 2 * _PAIR_CODES:  # as many as half of the rows may be held out
+        raise RetrievalError(
+            f"ivf-pq learns its codes from {2 * _PAIR_CODES} rows or more, there are {count}; "
+            "take flat"
+        )
     per_vector = -(-dim // 4) + _ID
     return _inverted("ivf-pq", "IVF{lists},PQ{pairs}x4fs", per_vector, count, dim, why, _WIDER)
 
@@ -216,8 +222,12 @@ def _block(count: int, dim: int) -> int:
 
 
 def list_count(count: int) -> int:
-    """Inverted lists for `count` vectors: the power of two nearest to 4 sqrt(count)."""
-    return 1 << round(math.log2(4 * math.sqrt(max(count, 1))))
+    """Inverted lists for `count` vectors: the power of two nearest to 4 sqrt(count).
+
+    They are no more than half of the vectors, which train them.
+    """
+    nearest = round(math.log2(4 * math.sqrt(max(count, 1))))
+    return 1 << min(nearest, max(count // 2, 1).bit_length() - 1)
 
 
 def parse_size(text: str) -> int:

@@ -10,6 +10,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from clip_retrieval.index import TUNED_FOR, Knob, Searcher
 from clip_retrieval.plan import Plan
 from clip_retrieval.vectors import Float32, Int64, Rows, exact_search
@@ -24,26 +27,40 @@ _NS_PER_CANDIDATE = 700.0
 
 @dataclass(frozen=True)
 class Queries:
-    """Held-out queries and the similarity of the tenth best row to each."""
+    """Held-out queries, the similarity of the tenth best row to each, and which are rows inside."""
 
     queries_QD: Float32
     tenth_Q: Float32
+    inside_Q: NDArray[np.bool_]
 
     @classmethod
-    def prepare(cls, queries_QD: Float32, rows: Rows, rows_N: Int64) -> "Queries":
-        """Answer the queries exactly, from the rows named."""
+    def prepare(
+        cls,
+        queries_QD: Float32,
+        rows: Rows,
+        rows_N: Int64,
+        inside_Q: NDArray[np.bool_] | None = None,
+    ) -> "Queries":
+        """Answer the queries exactly, from the rows named; of which some queries are, if any."""
         k = min(TUNED_FOR, len(rows_N))
-        return cls(queries_QD, exact_search(rows, queries_QD, k, rows_N)[1][:, -1])
+        tenth_Q = exact_search(rows, queries_QD, k, rows_N)[1][:, -1]
+        inside_Q = np.zeros(len(queries_QD), bool) if inside_Q is None else inside_Q
+        return cls(queries_QD, tenth_Q, inside_Q)
 
     def half(self, which: int) -> "Queries":
         """Every second query, from the first (0) or the second (1); all of them if there is one."""
         chosen = slice(which, None, 2) if len(self.queries_QD) > 1 else slice(None)
-        return Queries(self.queries_QD[chosen], self.tenth_Q[chosen])
+        return Queries(self.queries_QD[chosen], self.tenth_Q[chosen], self.inside_Q[chosen])
 
     def recall(self, searcher: Searcher, knob: Knob) -> float:
-        """The share of each query's ten nearest found, averaged; of equal rows any will do."""
+        """The share of each query's ten nearest found, averaged; of equal rows any will do.
+
+        That a row inside finds itself does not count.
+        """
         scores_QK = searcher.search(self.queries_QD, TUNED_FOR, knob)[1]
-        return float((scores_QK >= self.tenth_Q[:, None] - 1e-6).mean())
+        found_Q = (scores_QK >= self.tenth_Q[:, None] - 1e-6).sum(1) - self.inside_Q
+        wanted_Q = scores_QK.shape[1] - self.inside_Q
+        return float((np.maximum(found_Q, 0) / np.maximum(wanted_Q, 1)).mean())
 
 
 def tune(

@@ -97,15 +97,19 @@ def unit_rows(stored: Float16 | Float32) -> Float32:
     return rows / np.maximum(norms, np.float32(1e-12))
 
 
-def check_unit(rows_ND: NDArray[Any], where: str) -> None:
-    """Raises RetrievalError naming the first row that is not finite or not of length one."""
+def check_unit(rows_ND: NDArray[Any], where: str, first: int = 0) -> None:
+    """Raises RetrievalError naming the first row that is not finite or not of length one.
+
+    Args:
+        first: the number of rows_ND[0], for the message.
+    """
     rows = rows_ND.astype(np.float32)
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))  # NaN is bad as well
     if len(bad):
         raise RetrievalError(
-            f"{where}: row {bad[0]} has the length {norms[bad[0]]:.3f}, expected 1 ({len(bad)} "
-            "such rows); cosine similarity needs normalised embeddings without NaN, make them again"
+            f"{where}: row {first + bad[0]} has the length {norms[bad[0]]:.3f}, expected 1 "
+            f"({len(bad)} such rows); cosine similarity needs normalised embeddings without NaN, make them again"
         )
 
 
