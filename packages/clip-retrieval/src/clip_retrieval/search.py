@@ -20,10 +20,13 @@ from clip_retrieval.vectors import Float32, Int64, Rows
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 10_000  # matches, or ten times those asked for, among which duplicates are folded
+_LISTED = 1_000  # duplicates of a match
+
 
 @dataclass(frozen=True)
 class Match:
-    """A row found: its exact cosine similarity, and the rows folded into it."""
+    """A row found: its exact cosine similarity, and the rows folded into it, the first 1,000."""
 
     row: int
     similarity: float
@@ -100,10 +103,6 @@ class Index:
     def __len__(self) -> int:
         return self.facts["images"]
 
-    def stale(self) -> bool:
-        """Whether the directory holds another generation by now."""
-        return read_facts(self.path)["generation"] != self.facts["generation"]
-
     def load_model(self, path: Path | None = None, device: str = "auto") -> LoadedModel:
         """Load the recorded model, or the same one from another place.
 
@@ -147,7 +146,7 @@ class Index:
             threshold: the least cosine similarity.
             where: a filter (Metadata.matching); the rows it lets through are all compared.
             fold: the similarity from which a match is a duplicate of a better one. k matches that
-                are no duplicates are looked for.
+                are no duplicates are looked for, among the nearest 10,000 or 10 k.
 
         Raises:
             RetrievalError: queries of another width, a filter that cannot be read.
@@ -201,7 +200,7 @@ class Index:
         among: Int64 | None,
     ) -> list[Match]:
         """k matches that are no duplicates; looks further while there are too few."""
-        asked = min(k, len(self))
+        asked, most = min(k, len(self)), min(max(10 * k, _LOOKED_AT), len(self))
         while True:
             unit_MD = self.rows.unit(np.array([match.row for match in matches], np.int64))
             covered_M = np.zeros(len(matches), bool)
@@ -210,9 +209,9 @@ class Index:
                 if not covered_M[m]:
                     kept[m] = []
                     covered_M |= unit_MD @ unit_MD[m] >= fold
-            if len(kept) >= k or len(matches) < asked or asked == len(self):
+            if len(kept) >= k or len(matches) < asked or asked == most:
                 break
-            asked = min(2 * asked, len(self))
+            asked = min(2 * asked, most)
             matches = self._found(query_1D, asked, threshold, among)[0]
         better_K = np.array(list(kept), np.int64)
         folded_F = np.setdiff1d(np.arange(len(matches)), better_K)
@@ -223,7 +222,7 @@ class Index:
             for m, nearest in zip(block_B.tolist(), alike_BK.argmax(1).tolist(), strict=True):
                 kept[int(better_K[nearest])].append(matches[m].row)
         return [
-            Match(matches[m].row, matches[m].similarity, tuple(rows))
+            Match(matches[m].row, matches[m].similarity, tuple(rows[:_LISTED]))
             for m, rows in list(kept.items())[:k]
         ]
 
