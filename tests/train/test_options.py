@@ -127,7 +127,7 @@ def test_stopped_and_continued(
     assert_same_result(tmp_path / "whole", tmp_path / "run")
     found = rows(tmp_path / "run")
     assert min(row["loss"] for row in found) < found[0]["loss"]
-    assert found[-1]["skipped"] < 12
+    assert found[-1]["skipped"] == 0
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
