@@ -88,8 +88,7 @@ def append(
             options = {"batch_size": batch_size, "workers": workers, "thumbnails": thumbnails}
             embeddings = embed_missing(loaded, source, new, out, **options)
             if parts[0].files:
-                listed = {parts[0].identity()["source"]: _hash(parts)}
-                facts["folders"] = facts.get("folders", {}) | listed
+                facts.setdefault("folders", {})[parts[0].identity()["source"]] = _hash(parts)
         if embeddings is None:
             raise RetrievalError(f"{source} holds no embeddings")
         if embeddings.dim != facts["dim"]:
@@ -263,10 +262,8 @@ def _named(index: Path, facts: dict[str, Any], keys: set[str]) -> NDArray[np.boo
         named_N[row] = key in keys or f"{source}/{key}" in keys
     for key, among in holders.items():
         if len(among) > 1:
-            raise RetrievalError(
-                f"{index}: {key} is in several sources ({', '.join(sorted(among))}); name one, as "
-                f"{min(among)}/{key}"
-            )
+            which = " or ".join(f"{source}/{key}" for source in sorted(among))
+            raise RetrievalError(f"{index}: {key} is in several sources; give {which}")
     return named_N
 
 

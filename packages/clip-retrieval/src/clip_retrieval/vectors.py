@@ -109,8 +109,8 @@ def check_unit(rows_ND: NDArray[Any], where: str, first: int = 0) -> None:
     if len(bad):
         raise RetrievalError(
             f"{where}: row {first + bad[0]} has the length {norms[bad[0]]:.3f}, expected 1 "
-            f"({len(bad)} such rows); cosine similarity needs normalised embeddings without NaN, make "
-            "them again"
+            f"({len(bad)} such rows); cosine similarity needs normalised embeddings without NaN, "
+            "make them again"
         )
 
 
