@@ -262,7 +262,7 @@ def test_processes_must_see_the_same_disk(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_directory_is_one_process_s(data: Path, tmp_path: Path) -> None:
+def test_a_directory_has_one_run_at_a_time(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     code = (
