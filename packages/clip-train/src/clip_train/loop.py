@@ -27,7 +27,7 @@ from clip_train.processes import (
     check_same,
     choose_precision,
     distribute,
-    losses_named,
+    failures_named,
     start_processes,
     start_tracker,
 )
@@ -117,17 +117,9 @@ class Trainer:
             world=world,
         )
         self.ema = Ema(self.model, config.ema) if config.ema else None
-        self.saver = Saver(
-            config,
-            data,
-            wanted["model"],
-            self.model,
-            self.preprocess,
-            self.tokenizer,
-            self.optimizer,
-            self.stepper.guard,
-            self.ema,
-        )
+        tools = self.preprocess, self.tokenizer
+        learned = self.optimizer, self.stepper.guard, self.ema
+        self.saver = Saver(config, data, wanted["model"], self.model, *tools, *learned)
         if path:
             self.saver.restore(path)
         left = config.samples_seen - self.position.samples
@@ -141,16 +133,13 @@ class Trainer:
         self.batches = Batches(
             data.shards,
             self.order,
-            self.preprocess,
-            self.tokenizer,
+            *tools,
             batch_size=config.batch_size,
             rank=accelerator.process_index,
             world=world,
             first=(self.position.step, self.position.samples),
         )
-        self.validator = Validator(
-            config, self.preprocess, self.tokenizer, accelerator, autocast=autocast
-        )
+        self.validator = Validator(config, *tools, accelerator, autocast=autocast)
         self.unsettled: list[tuple[int, Update]] = []  # steps whose findings are on the device yet
         self.saved = time.monotonic()
         gmacs = profile(self.model.config)["gmacs"]
@@ -178,7 +167,7 @@ class Trainer:
         )
         validated = config.val_data or config.zeroshot_data
         try:
-            with losses_named(), progress, Agreement(self.accelerator.num_processes) as agreement:
+            with failures_named(), progress, Agreement(self.accelerator.num_processes) as agreement:
                 for _ in steps:
                     with self.meter.waiting():
                         batch = next(loader)
@@ -201,7 +190,9 @@ class Trainer:
                             self._save()
         finally:
             del loader  # ends its workers: they ignore SIGTERM, so an exit on an error would hang
-        self._finish()
+        if self.main:
+            metrics.plot_loss(config.output)
+            publish_models(config.output)
         return summarize("finished", config.output)
 
     def _agree(self, agreement: Agreement, batch: Batch) -> Literal["go", "stop"]:
@@ -224,8 +215,7 @@ class Trainer:
         counted = replace(self.position, unreadable=self.position.unreadable + unreadable)
         try:
             if failures:
-                elsewhere = "another process failed; its own message says why"
-                raise TrainError(batch.failure or elsewhere)
+                raise TrainError(batch.failure or "another process failed, and says why")
             check_unreadable(counted, len(self.order), config.max_error_share)
         except TrainError:
             self._save()  # the steps so far are good
@@ -239,19 +229,13 @@ class Trainer:
 
     def _step(self, batch: Batch) -> Update:
         config, position, device = self.config, self.position, self.accelerator.device
-        try:
-            update = self.stepper.step(
-                batch.images_b3SS.to(device, non_blocking=True),
-                batch.tokens_bL,  # the text tower packs them on the CPU
-                lr=learning_rate(position.step, self.steps, config),
-                # Random numbers follow from the step's own: no state to save.
-                seed=derive_seed(config.seed, position.step, self.accelerator.process_index),
-            )
-        except torch.OutOfMemoryError as error:
-            raise TrainError(
-                f"out of memory in a step: {error}; hold less at once: a smaller "
-                "--micro-batch-size, or --grad-checkpointing"
-            ) from error
+        update = self.stepper.step(
+            batch.images_b3SS.to(device, non_blocking=True),
+            batch.tokens_bL,  # the text tower packs them on the CPU
+            lr=learning_rate(position.step, self.steps, config),
+            # Random numbers follow from the step's own: no state to save.
+            seed=derive_seed(config.seed, position.step, self.accelerator.process_index),
+        )
         end = position.samples + config.batch_size
         order_hash = extend_hash(position.order_hash, self.order.samples(position.samples, end))
         step = position.step + 1
@@ -303,21 +287,14 @@ class Trainer:
                 self.saver.save(self.position, main=self.main)
 
     def _announce(self) -> None:
-        config, accelerator = self.config, self.accelerator
-        device = accelerator.device.type
+        config, device = self.config, self.accelerator.device.type
         threads = f" with {torch.get_num_threads()} threads" if device == "cpu" else ""
         if self.position.step:
             logger.info("continuing after step %d", self.position.step)
         logger.info(
             f"{config.model}: {self.steps} steps of {config.batch_size} pairs; {len(self.order)} "
-            f"pairs in {len(self.data.shards)} shards; processes: {accelerator.num_processes} on "
-            f"{device}{threads}; {self.wanted['precision']}"
+            f"pairs in {len(self.data.shards)} shards; processes: "
+            f"{self.accelerator.num_processes} on {device}{threads}; {self.wanted['precision']}"
         )
         if config.batch_size > len(self.order):
             logger.warning("the batch is larger than the data: a batch holds a pair several times")
-
-    def _finish(self) -> None:
-        """Make the last train state's models the run's."""
-        if self.main:
-            metrics.plot_loss(self.config.output)
-            publish_models(self.config.output)

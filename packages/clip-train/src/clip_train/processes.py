@@ -113,10 +113,15 @@ def check_same(accelerator: Accelerator, found: Any) -> None:
 
 
 @contextmanager
-def losses_named() -> Generator[None]:
-    """Turn what collectives raise where another process is gone, or hangs, into a TrainError."""
+def failures_named() -> Generator[None]:
+    """Turn what torch raises where memory runs out, or a process is lost, into a TrainError."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise TrainError(
+            f"out of memory: {error}; hold less at once: a smaller --micro-batch-size, or "
+            "--grad-checkpointing"
+        ) from error
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
             raise
