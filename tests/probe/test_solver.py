@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from clip_probe import ProbeError, fit_grid, solver
+from clip_probe.adam import AdamSetting, fit_adam
+from clip_probe.lbfgs import Sample, _cross_entropy
 from clip_probe.solver import fit_grids
 from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 GRID = [1e-2, 1.0, 1e2, 1e4, 1e6]
 
@@ -119,6 +122,30 @@ def test_float32_features_are_solved_in_float64() -> None:
     fit = fit_grid(x.float(), y, 10, [1.0])
     assert fit.weight.dtype == torch.float64
     assert fit.objective.item() == pytest.approx(fit_grid(x, y, 10, [1.0]).objective.item(), 1e-6)
+
+
+def test_derivatives_stay_on_the_device() -> None:
+    """Of a cuda device that is not there: shapes and devices are real, values are not."""
+    with FakeTensorMode():
+        rows = Sample(torch.empty(30, 5, device="cuda"), torch.empty(30, device="cuda").long())
+        w = torch.empty(3, 4, 5, device="cuda")
+        entropy, gradient, spread = _cross_entropy(rows, w)
+    assert entropy.device.type == "cpu"
+    assert gradient.device.type == spread.device.type == "cuda"
+    assert (entropy.shape, gradient.shape, spread.shape) == ((3,), (3, 4, 5), (3, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_finds_the_same() -> None:
+    x, y = plain()
+    settings = [AdamSetting(0.01, 10), AdamSetting(0.1, 5)]
+    here, there = fit_grid(x, y, 10, GRID), fit_grid(x.cuda(), y.cuda(), 10, GRID)
+    torch.testing.assert_close(there.objective, here.objective, rtol=1e-6, atol=0)
+    for a, b in zip(
+        fit_adam(x, y, 10, settings), fit_adam(x.cuda(), y.cuda(), 10, settings), strict=True
+    ):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-3)
 
 
 def test_one_class_has_nothing_to_separate() -> None:

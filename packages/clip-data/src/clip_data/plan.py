@@ -101,10 +101,6 @@ def survey(plan: Plan) -> Survey:
     return Survey(rows, frozenset(labels), digests)
 
 
-def _rank(seed: int, position: int) -> bytes:
-    return hashlib.sha256(f"{seed} {position}".encode()).digest()
-
-
 def _hash_share(name: str) -> float:
     """A number in [0, 1) that a name always has."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()

@@ -40,7 +40,7 @@ def fit_adam(
     """Train every setting of `grid` -> weight [G, C, D] and bias [G, C], float32.
 
     Args:
-        features_ND: used as they are, in float32.
+        features_ND: used as they are, in float32; all happens on their device.
         labels_N: 0 … C - 1.
         classes: C.
         grid: the settings, in any order.
@@ -53,7 +53,7 @@ def fit_adam(
     x_ND, width = features_ND.float(), features_ND.shape[1] + 1
     x_ND = F.pad(x_ND, (0, 1), value=1.0)  # the constant's weight is the bias
     weight_CD, bias_C = start or _start(classes, width - 1, seed)
-    first_CD = torch.cat([weight_CD, bias_C[:, None]], dim=1)
+    first_CD = torch.cat([weight_CD, bias_C[:, None]], dim=1).to(x_ND.device)
     # those of most epochs first, so that the settings that still run are the first rows
     order = sorted(range(len(grid)), key=lambda g: -grid[g].epochs)
     weight_GCD = first_CD.float().repeat(len(grid), 1, 1)
@@ -74,13 +74,14 @@ def fit_adam(
         optimizer.param_groups = groups[:running]
         w_QD = weight_GCD[:running].view(-1, width)
         grad_QD = grad_GCD[:running].view(-1, width)
-        for step, rows_B in enumerate(epoch_order(len(x_ND), seed, epoch).split(batch_size)):
+        order_N = epoch_order(len(x_ND), seed, epoch).to(x_ND.device)
+        for step, rows_B in enumerate(order_N.split(batch_size)):
             for group, g in zip(optimizer.param_groups, order, strict=False):
                 done = (epoch * steps + step) / (grid[g].epochs * steps)
                 group["lr"] = grid[g].lr * 0.5 * (1 + math.cos(math.pi * done))
             x_BD, labels_B = x_ND[rows_B], labels_N[rows_B]
             p_BGC = (x_BD @ w_QD.T).view(len(rows_B), running, classes).softmax(-1)
-            p_BGC[torch.arange(len(rows_B)), :, labels_B] -= 1
+            p_BGC[torch.arange(len(rows_B), device=rows_B.device), :, labels_B] -= 1
             torch.mm(p_BGC.flatten(1).T, x_BD, out=grad_QD).div_(len(rows_B))
             optimizer.step()
     placed = torch.empty_like(weight_GCD)

@@ -13,6 +13,9 @@ What makes it quick:
   diagonal a good first guess for L-BFGS. It costs nothing beside the gradient.
 - float32 until its rounding is what is left of the gradient, then float64 with the same history.
 - A finished problem leaves the passes.
+
+Features, weights and what has their shape are on the samples' device; a number a problem ([P] and
+[L]), by which all decisions are taken, is on the CPU.
 """
 
 # S samples, N rows of one, B rows of a block, K features, C classes, V = C * K weights, P problems,
@@ -28,6 +31,7 @@ from torch import Tensor
 
 HISTORY = 10
 LOGITS_AT_ONCE = 2**18  # 1 MB in float32: a block stays in a core's cache
+GPU_LOGITS_AT_ONCE = 2**26  # enough for all of a GPU to work on
 LEAST_LOG_P = -40.0  # keeps squares of probabilities out of the slow subnormal range
 
 
@@ -81,9 +85,10 @@ class Problems:
         """`owner_P` says whose rows each problem has, in ascending order."""
         self.samples = samples
         self.owner_P = owner_P
-        self.ridge_P1K = ridge_PK[:, None].double()
+        self.device = samples[0].x_NK.device
+        self.ridge_P1K = ridge_PK[:, None].double().to(self.device)
         counts = [torch.bincount(s.labels_N, minlength=classes) / len(s.labels_N) for s in samples]
-        self.frequency_SC = torch.stack(counts).double()
+        self.frequency_SC = torch.stack(counts).double().cpu()
         self.square_SK = torch.stack([s.x_NK.double().square().mean(0) for s in samples])
         # at the class frequencies, the best that an intercept can do
         self.start_loss_P = -(self.frequency_SC * self.frequency_SC.log()).sum(1)[owner_P]
@@ -92,9 +97,9 @@ class Problems:
         """Start at the class frequencies; stop as `fit_grid` says."""
         problems, classes = len(self.owner_P), self.frequency_SC.shape[1]
         width = self.square_SK.shape[1]
-        w_PCK = torch.zeros(problems, classes, width, dtype=torch.float64)
-        w_PCK[..., 0] = self.frequency_SC[self.owner_P].log()
-        history = torch.zeros(problems, HISTORY, classes, width, dtype=torch.float32)
+        w_PCK = torch.zeros(problems, classes, width, dtype=torch.float64, device=self.device)
+        w_PCK[..., 0] = self.frequency_SC[self.owner_P].log().to(self.device)
+        history = w_PCK.new_zeros(problems, HISTORY, classes, width, dtype=torch.float32)
         state = _State(
             w_PCK,
             w_PCK,
@@ -159,7 +164,7 @@ class Problems:
         The loss is convex, so its slopes at both ends tell enough, and more exactly than losses do.
         """
         length_L, loss_L = state.length_P[live_L], state.loss_P[live_L]
-        step_LCK.mul_(length_L[:, None, None])
+        step_LCK.mul_(length_L[:, None, None].to(self.device))
         trial_LCK = state.w_PCK[live_L] + step_LCK
         trial_loss_L, grad_LCK, inverse_LCK = self._derivatives(samples, live_L, trial_LCK)
         before_L, after_L = slope_L * length_L, _dot(grad_LCK, step_LCK)
@@ -201,15 +206,16 @@ def _cross_entropy(sample: Sample, w_PCK: Tensor) -> tuple[Tensor, Tensor, Tenso
     which would leave nothing of a residual of 1e-7 in float32.
     """
     (samples, width), (problems, classes, _) = sample.x_NK.shape, w_PCK.shape
-    entropy_P = torch.zeros(problems, dtype=torch.float64)
-    grad_QK = torch.zeros(problems * classes, width, dtype=w_PCK.dtype)
-    spread_PC = torch.zeros(problems, classes, dtype=w_PCK.dtype)
+    entropy_P = w_PCK.new_zeros(problems, dtype=torch.float64)
+    grad_QK = w_PCK.new_zeros(problems * classes, width)
+    spread_PC = w_PCK.new_zeros(problems, classes)
     if not problems:
-        return entropy_P, grad_QK.view_as(w_PCK), spread_PC
-    rows = max(64, LOGITS_AT_ONCE // (problems * classes))
+        return entropy_P.cpu(), grad_QK.view_as(w_PCK), spread_PC
+    at_once = LOGITS_AT_ONCE if w_PCK.device.type == "cpu" else GPU_LOGITS_AT_ONCE
+    rows = max(64, at_once // (problems * classes))
     w_KQ = w_PCK.view(-1, width).T
     for x_BK, labels_B in zip(sample.x_NK.split(rows), sample.labels_N.split(rows), strict=True):
-        right = torch.arange(len(labels_B)), slice(None), labels_B
+        right = torch.arange(len(labels_B), device=labels_B.device), slice(None), labels_B
         r_BPC = (x_BK @ w_KQ).view(-1, problems, classes).log_softmax(-1)
         log_p_BP = r_BPC[right]
         r_BPC.clamp_min_(LEAST_LOG_P).exp_()
@@ -220,7 +226,7 @@ def _cross_entropy(sample: Sample, w_PCK: Tensor) -> tuple[Tensor, Tensor, Tenso
         entropy_P += surprise_BP.sum(0, dtype=torch.float64)
         grad_QK.addmm_(r_BPC.flatten(1).T, x_BK)
         spread_PC += r_BPC.abs().sub_(r_BPC.square_()).sum(0)
-    return entropy_P / samples, (grad_QK / samples).view_as(w_PCK), spread_PC / samples
+    return entropy_P.cpu() / samples, (grad_QK / samples).view_as(w_PCK), spread_PC / samples
 
 
 def _gap(state: _State, live_L: Tensor) -> Tensor:

@@ -87,18 +87,20 @@ def method_of(solver: Solver, *, paper: bool = False, start: Heads | None = None
     return Method(settings, AdamSetting(0.01, 20), fit)
 
 
-def find_probes(tasks: Sequence[Task], classes: int, method: Method) -> list[Probe]:
-    """The probe of each task; the solver takes all tasks' fits together.
+def find_probes(
+    tasks: Sequence[Task], classes: int, method: Method, device: torch.device | str = "cpu"
+) -> list[Probe]:
+    """The probe of each task; the solver takes all tasks' fits together, on `device`.
 
     The rows to fit must have the same classes in all tasks. Each fold's heads are judged as they
     arrive, so that those of two folds are held at a time, and what the solver holds (`HELD`).
     """
     folds = [fitted for task in tasks for fitted, _ in task.folds]
-    fits = _fit(folds, classes, [method.settings] * len(folds), method)
+    fits = _fit(folds, classes, [method.settings] * len(folds), method, device)
     choices = [_choose(task, fits, method) for task in tasks]
     later = [i for i, choice in enumerate(choices) if choice.head is None]
     finals = [tasks[i].final for i in later]
-    fits = _fit(finals, classes, [[choices[i].setting] for i in later], method)
+    fits = _fit(finals, classes, [[choices[i].setting] for i in later], method, device)
     for i, (head, unfinished) in zip(later, fits, strict=True):
         choices[i].unfinished.update(unfinished)
         choices[i] = choices[i]._replace(head=(head[0][0], head[1][0]))
@@ -151,17 +153,23 @@ def _correct(head: Heads, rows: Rows) -> Tensor:
 
 
 def _fit(
-    data: Sequence[Rows], classes: int, grids: Sequence[Sequence[Any]], method: Method
+    data: Sequence[Rows],
+    classes: int,
+    grids: Sequence[Sequence[Any]],
+    method: Method,
+    device: torch.device | str,
 ) -> Iterator[Fitted]:
     """Fit among the classes present; a class without images is never predicted."""
     if not data:
         return
     present_P = data[0].labels.unique()
-    compact = [Rows(x, torch.searchsorted(present_P, labels)) for x, labels in data]
+    compact = [
+        Rows(x.to(device), torch.searchsorted(present_P, labels).to(device)) for x, labels in data
+    ]
     for (weight_GPD, bias_GP), unfinished in method.fit(compact, present_P, grids):
         weight_GCD = torch.zeros(len(weight_GPD), classes, weight_GPD.shape[2])
         bias_GC = torch.full((len(weight_GPD), classes), NEVER)
-        weight_GCD[:, present_P], bias_GC[:, present_P] = weight_GPD, bias_GP
+        weight_GCD[:, present_P], bias_GC[:, present_P] = weight_GPD.cpu(), bias_GP.cpu()
         yield (weight_GCD, bias_GC), unfinished
 
 
@@ -198,7 +206,7 @@ def _sklearn(rows: Rows, classes: int, c: float) -> Heads:
     # of two classes it fits the difference alone, whose square is twice the sum of both squares
     scale = 2 if classes == 2 else 1
     model = LogisticRegression(C=c * scale, tol=1e-6, max_iter=10_000)
-    model.fit(rows.features.double().numpy(), rows.labels.numpy())
+    model.fit(rows.features.double().cpu().numpy(), rows.labels.cpu().numpy())
     weight_CD, bias_C = torch.tensor(model.coef_).float(), torch.tensor(model.intercept_).float()
     if classes == 2:
         return torch.cat([-weight_CD, weight_CD]) / 2, torch.cat([-bias_C, bias_C]) / 2

@@ -69,6 +69,8 @@ def fit_grids(
 ) -> list[Fit]:
     """Fit one logistic regression per C on each set of rows (draws, folds), all together.
 
+    All on the device of the features.
+
     Args:
         data: features [N, D] of any floating type and labels [N] int64, each of 0 … classes - 1 at
             least once (an intercept without a sample has no optimum).

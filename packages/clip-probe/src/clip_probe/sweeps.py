@@ -137,13 +137,14 @@ def sweep(
     def choice(probe: Probe) -> dict[str, Any]:
         return _choice(probe, method, "test_acc1" if paper else "val_acc1")
 
+    device = model.model.logit_scale.device
     few_shot = files.rows() if files else []
     bar = tqdm([*shots, 0][len(few_shot) :], desc="probes", unit="point", disable=None)
     for k in bar:
         if k == 0:
             break  # the full data, below
         tasks = [_task(rows, k, seed, paper) for seed in range(seeds)]
-        probes = find_probes(tasks, classes, method)
+        probes = find_probes(tasks, classes, method, device)
         accuracies = [tested(probe.logits).acc1 for probe in probes]
         few_shot.append(
             {
@@ -158,7 +159,7 @@ def sweep(
         )
         if files:
             files.keep(few_shot)
-    (full,) = find_probes([_task(rows, None, 0, paper)], classes, method)
+    (full,) = find_probes([_task(rows, None, 0, paper)], classes, method, device)
     bar.close()
     scores = tested(full.logits)
     result = {

@@ -183,7 +183,7 @@ def deaths_held() -> Generator[None]:
 
     The DataLoader raises it from its handler of SIGCHLD, whatever is being done at that moment.
     """
-    handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+    handler = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     try:
         yield
     finally:
