@@ -199,11 +199,9 @@ class Service:
 
     async def indices(self, _: Request) -> Response:
         """Names, counts and versions."""
+        rows = [(name, served.now) for name, served in self._served.items()]
         return JSONResponse(
-            [
-                {"name": name, "images": len(served.now.index), "version": served.now.version}
-                for name, served in self._served.items()
-            ]
+            [{"name": n, "images": len(now.index), "version": now.version} for n, now in rows]
         )
 
     async def image(self, request: Request) -> Response:
