@@ -182,6 +182,7 @@ _HEAD = """<!doctype html>
   .sheet img { width: 56px; height: 56px; margin: 2px; background: #fff; }
   .query { width: 40px; height: 40px; vertical-align: middle; }
   table { border-collapse: collapse; background: #fff; }
+  td + td { white-space: nowrap; }
   th, td { padding: 3px 14px 3px 8px; border-bottom: 1px solid #eee; text-align: left;
            font-variant-numeric: tabular-nums; }
   th { font-weight: 600; color: #666; }
