@@ -189,7 +189,10 @@ def test_counting_many_tars_shows_in_the_log(
         open_data(f"{tmp_path}/00*.tar")
         assert caplog.messages == []
         open_data(str(tmp_path))
-    assert caplog.messages == [f"no sizes.json: {n} of 101 shards counted" for n in (0, 100)]
+    assert caplog.messages == [
+        f"no sizes.json: {n} of 101 shards counted (`clip-data index` does it once for all)"
+        for n in (0, 100)
+    ]
 
 
 def test_manifests_of_all_folders(two: tuple[Path, Path]) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from clip_data.errors import DataError
     from clip_data.filter import filter_shards
     from clip_data.images import ImageOptions
+    from clip_data.indexer import Indexed, index_shards
     from clip_data.inspector import Inspection, inspect
     from clip_data.selection import Selected
     from clip_data.sources import ColumnOptions
@@ -26,6 +27,7 @@ _MODULES = {
     "DownloadOptions": "download",
     "Fault": "verifier",
     "ImageOptions": "images",
+    "Indexed": "indexer",
     "Inspection": "inspector",
     "Report": "verifier",
     "Selected": "selection",
@@ -33,6 +35,7 @@ _MODULES = {
     "build": "builder",
     "dedup": "duplicates",
     "filter_shards": "filter",
+    "index_shards": "indexer",
     "inspect": "inspector",
     "subset": "subsets",
     "verify": "verifier",
@@ -45,6 +48,7 @@ __all__ = [
     "DownloadOptions",
     "Fault",
     "ImageOptions",
+    "Indexed",
     "Inspection",
     "Report",
     "Selected",
@@ -52,6 +56,7 @@ __all__ = [
     "build",
     "dedup",
     "filter_shards",
+    "index_shards",
     "inspect",
     "subset",
     "verify",

@@ -137,6 +137,19 @@ def _take(options: dict[str, Any], kind: Any) -> dict[str, Any]:
 
 
 @main.command()
+@click.argument("source", metavar="DIR")
+@workers_option
+def index(source: str, workers: int | None) -> None:
+    """Write an offset index beside each tar in DIR, and sizes.json: for img2dataset's output.
+
+    clip-train and clip-retrieval then start at once, without reading the tars' headers.
+    """
+    from clip_data.indexer import index_shards
+
+    click.echo(json.dumps(asdict(index_shards(source, workers=workers))))
+
+
+@main.command()
 @click.argument("output", metavar="DIR")
 @workers_option
 @click.pass_context

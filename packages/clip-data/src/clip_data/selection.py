@@ -46,7 +46,9 @@ class Selected:
 
 def source_tars(source: UPath) -> list[UPath]:
     """The tars of a folder of shards, in the order of their numbers. Raises DataError: none."""
-    tars = sorted(source.glob("*.tar"), key=lambda tar: (len(tar.name), tar.name))
+    # macOS leaves files like ._00000.tar beside those it copies
+    found = [tar for tar in source.glob("*.tar") if not tar.name.startswith(".")]
+    tars = sorted(found, key=lambda tar: (len(tar.name), tar.name))
     if not tars:
         raise DataError(
             f"{source}: no shards (*.tar); expected the folder that holds them, of a labelled set "

@@ -114,7 +114,10 @@ def _look_at_data(config: TrainConfig, world: int) -> tuple[int | None, int | No
         shards = find_shards(config.train_data)
         for folder in sorted({shard.parent for shard in shards}):
             if not (folder / "sizes.json").exists():
-                missing = f"{folder}: no sizes.json, so every tar is read to count its pairs"
+                missing = (
+                    f"{folder}: no sizes.json, so every tar is read to count its pairs, by each "
+                    "process at each start; make it once: clip-data index"
+                )
                 return len(shards), None, [missing]
         counts = open_data(config.train_data, config.train_weights).counts
     except (TrainError, OSError) as error:

@@ -277,7 +277,11 @@ def count_samples(shards: list[Path]) -> list[int]:
     unknown = [number for number, count in enumerate(counts) if not count]
     for done, number in enumerate(unknown):
         if len(unknown) > _MANY and done % _MANY == 0:
-            logger.info("no sizes.json: %d of %d shards counted", done, len(unknown))
+            logger.info(
+                "no sizes.json: %d of %d shards counted (`clip-data index` does it once for all)",
+                done,
+                len(unknown),
+            )
         counts[number] = len(open_shard(shards[number]))
     filled = next((s for s, count in zip(shards, counts, strict=True) if count), None)
     if filled is None:
