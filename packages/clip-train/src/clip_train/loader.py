@@ -3,8 +3,7 @@
 # b batch of this process, S image size, L context length
 
 import signal
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,7 +150,9 @@ def choose_caption(text: bytes, seed: int) -> str:
 def load(batches: Batches, steps: range, workers: int, device: torch.device) -> Iterator[Batch]:
     """The batches of `steps`, in order, decoded ahead by `workers` processes.
 
-    A worker that died or does not answer is the failure of a batch, the last.
+    A worker that died or does not answer is the failure of a batch, the last. The DataLoader raises
+    a worker's death from its handler of SIGCHLD, whatever is being done: here that is only while a
+    batch is asked for, never where processes are in step.
     """
     ahead = iter(
         DataLoader(
@@ -164,30 +165,28 @@ def load(batches: Batches, steps: range, workers: int, device: torch.device) -> 
             timeout=STALLED if workers else 0,
         )
     )
-    check = signal.getsignal(signal.SIGCHLD)
-    for _ in steps:
-        try:
-            if workers and callable(check):
-                check(signal.SIGCHLD, None)  # one that died in `deaths_held`
-            batch = next(ahead)
-        except RuntimeError as error:
-            nothing = torch.empty(0)
-            yield Batch(nothing, nothing, [], failure=f"the data loader failed: {error}")
-            return
-        yield batch
-
-
-@contextmanager
-def deaths_held() -> Generator[None]:
-    """Not in here, where processes are in step, but at the next batch: a worker's death.
-
-    The DataLoader raises it from its handler of SIGCHLD, whatever is being done at that moment.
-    """
-    handler = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    raising = signal.signal(signal.SIGCHLD, _hold)
     try:
-        yield
+        for _ in steps:
+            try:
+                signal.signal(signal.SIGCHLD, raising)
+                if workers and callable(raising):
+                    raising(signal.SIGCHLD, None)  # for one that died meanwhile
+                batch = next(ahead)
+                signal.signal(signal.SIGCHLD, _hold)
+            except RuntimeError as error:
+                signal.signal(signal.SIGCHLD, _hold)
+                nothing = torch.empty(0)
+                batch = Batch(nothing, nothing, [], failure=f"the data loader failed: {error}")
+            yield batch
+            if batch.failure:
+                return
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, raising)
+
+
+def _hold(_number: int, _frame: object) -> None:
+    """Until the next batch is asked for."""
 
 
 def ignore_signals(_worker: int) -> None:

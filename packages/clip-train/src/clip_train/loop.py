@@ -18,7 +18,7 @@ from clip_train.ema import Ema
 from clip_train.errors import TrainError
 from clip_train.health import check_skipped, check_unreadable, count_skipped
 from clip_train.initial import build_initial, describe_initial
-from clip_train.loader import Batch, Batches, deaths_held, load
+from clip_train.loader import Batch, Batches, load
 from clip_train.optimizers import make_optimizer
 from clip_train.order import derive_seed, extend_hash, make_stream
 from clip_train.processes import (
@@ -171,23 +171,21 @@ class Trainer:
                 for _ in steps:
                     with self.meter.waiting():
                         batch = next(loader)
-                    with deaths_held():
-                        if self._agree(agreement, batch) == "stop":
-                            return summarize("stopped", config.output, self.steps)
-                        update = self._step(batch)
-                        step, last = self.position.step, self.position.step == self.steps
-                        if last or step % config.log_every == 0:
-                            row = self._row(update) | self.meter.rates(step)
-                            self._log(row, metrics.METRICS)
-                            progress.set_postfix_str(metrics.describe(row), refresh=False)
+                    if self._agree(agreement, batch) == "stop":
+                        return summarize("stopped", config.output, self.steps)
+                    update = self._step(batch)
+                    step, last = self.position.step, self.position.step == self.steps
+                    if last or step % config.log_every == 0:
+                        row = self._row(update) | self.meter.rates(step)
+                        self._log(row, metrics.METRICS)
+                        progress.set_postfix_str(metrics.describe(row), refresh=False)
                     progress.update(config.batch_size)
                     if validated and (last or step % config.eval_every == 0):
                         with self.meter.paused():
                             scores = self._place() | self.validator.run(self.model)
                         self._log(scores, metrics.VALIDATION)
                     if last or step % config.save_every == 0:
-                        with deaths_held():
-                            self._save()
+                        self._save()
         finally:
             del loader  # ends its workers: they ignore SIGTERM, so an exit on an error would hang
         if self.main:
