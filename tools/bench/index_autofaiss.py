@@ -72,8 +72,10 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     rows_N = np.arange(len(index))
     tenth_Q = exact_search(index.rows, queries_QD, 10, rows_N)[1][:, -1:]
 
-    def recall(scores_QK: np.ndarray) -> float:
-        return float((scores_QK >= tenth_Q - 1e-6).mean())
+    def recall(rows_QK: np.ndarray) -> float:
+        # by our scores for either side: theirs are of the rows as they are stored
+        scores = np.einsum("qd,qkd->qk", queries_QD, index.rows.unit(np.maximum(rows_QK, 0)))
+        return float((np.where(rows_QK >= 0, scores, -1) >= tenth_Q - 1e-6).mean())
 
     sides: dict[str, Any] = {}
     for name, opened in (("ours", index), ("compact", compact)):
@@ -83,14 +85,12 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         graph = faiss.read_index(str(work / "autofaiss.index"))
         built["autofaiss"] = peer
         sides["autofaiss"] = lambda: graph.search(queries_QD, 10)
-        tuned = at_recall(graph, queries_QD, recall, recall(sides["ours"]()[1]))
+        tuned = at_recall(graph, queries_QD, recall, recall(sides["ours"]()[0]))
         built["autofaiss"]["parameters"] = {"as returned": parameter(graph), "tuned": tuned}
         sides["autofaiss tuned"] = lambda: graph.search(queries_QD, 10, params=searching_at(tuned))
     recalls: dict[str, float] = {}
     for name, side in sides.items():
-        rows_QK = side()[1] if "autofaiss" in name else side()[0]
-        scores = np.einsum("qd,qkd->qk", queries_QD, index.rows.unit(np.maximum(rows_QK, 0)))
-        recalls[name] = recall(np.where(rows_QK >= 0, scores, -1))
+        recalls[name] = recall(side()[1] if "autofaiss" in name else side()[0])
     wanted = {name for name in recalls if name not in ("compact", "autofaiss tuned")}
     if min(recalls[name] for name in wanted) < 0.9:
         sys.exit(f"the indexes do not answer alike: recall@10 {recalls}")
@@ -122,7 +122,7 @@ def at_recall(graph: Any, queries_QD: np.ndarray, recall: Any, target: float) ->
     """The least efSearch (or nprobe) of their index that has our recall."""
 
     def reached(value: int) -> bool:
-        return recall(graph.search(queries_QD, 10, params=searching_at(value, graph))[0]) >= target
+        return recall(graph.search(queries_QD, 10, params=searching_at(value, graph))[1]) >= target
 
     return smallest(reached, 4096)
 
