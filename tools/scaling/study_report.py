@@ -285,7 +285,7 @@ _HEAD = """<!doctype html>
   table { border-collapse: collapse; background: #fff; font-size: 13px; }
   th, td { padding: 3px 12px 3px 8px; border-bottom: 1px solid #eee; text-align: left;
            font-variant-numeric: tabular-nums; vertical-align: top; }
-  th { font-weight: 600; color: #666; } td:first-child { white-space: nowrap; }
+  th { font-weight: 600; color: #666; } td:nth-child(-n + 4) { white-space: nowrap; }
 </style>
 <main>
 """
