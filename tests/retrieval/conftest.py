@@ -154,7 +154,7 @@ def _killed(work: Callable[[], object], seconds: float) -> bool:
         try:
             work()
             os._exit(0)
-        except BaseException:
+        except BaseException:  # in a fork nothing may reach pytest; the parent is told
             traceback.print_exc()
             os._exit(1)
     time.sleep(seconds)
