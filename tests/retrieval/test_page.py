@@ -166,6 +166,25 @@ def test_type_click_scroll_and_go_back(page: Page) -> None:
     expect(page.get_by_role("heading")).to_have_text(chosen)
 
 
+def test_a_search_given_up_while_its_answer_arrives(page: Page) -> None:
+    page.evaluate(
+        """() => {
+            const read = Response.prototype.json;
+            Response.prototype.json = async function () {
+                await new Promise((go) => setTimeout(go, 300));
+                return read.call(this);
+            };
+        }"""
+    )
+    page.get_by_role("searchbox").fill("red")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(150)
+    search(page, "blue")
+    page.wait_for_timeout(900)
+    expect(page.get_by_role("button", name="Try again")).to_have_count(0)
+    assert len(captions(page)) > 0
+
+
 def test_folding_can_be_switched_off(page: Page) -> None:
     search(page, "stone")
     page.get_by_label("Fold duplicates").uncheck()

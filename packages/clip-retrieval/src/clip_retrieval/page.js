@@ -25,8 +25,11 @@ async function ask(path, body, signal) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer. Is it still running?");
   }
-  const found = await answer.json().catch(() => ({ error: `The server answered ${answer.status}` }));
-  if (!answer.ok) throw new Error(found.error);
+  const found = await answer.json().catch((error) => {
+    if (error.name === "AbortError") throw error; // a newer search, while this answer was arriving
+    return { error: `The server answered ${answer.status}, and not in full` };
+  });
+  if (!answer.ok || found.error) throw new Error(found.error);
   found.version = answer.headers.get("index-version");
   return found;
 }
