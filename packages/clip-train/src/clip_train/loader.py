@@ -174,14 +174,17 @@ def load(batches: Batches, steps: range, workers: int, device: torch.device) -> 
                     raising(signal.SIGCHLD, None)  # for one that died meanwhile
                 batch = next(ahead)
                 signal.signal(signal.SIGCHLD, _hold)
-            except RuntimeError as error:
+            # The last two: a worker died between naming a batch and handing it over.
+            except (RuntimeError, OSError, EOFError) as error:
                 signal.signal(signal.SIGCHLD, _hold)
                 nothing = torch.empty(0)
-                batch = Batch(nothing, nothing, [], failure=f"the data loader failed: {error}")
+                failure = f"the data loader failed: {error!r}; was a worker killed, out of memory?"
+                batch = Batch(nothing, nothing, [], failure=failure)
             yield batch
             if batch.failure:
                 return
     finally:
+        del ahead  # first: it forgets its workers, and their deaths raise no more
         signal.signal(signal.SIGCHLD, raising)
 
 

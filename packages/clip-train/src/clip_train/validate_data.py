@@ -176,5 +176,5 @@ def read_ahead(
     )
     try:
         yield from loader
-    except RuntimeError as error:
-        raise TrainError(f"validation: the data loader failed: {error}") from error
+    except (RuntimeError, OSError, EOFError) as error:
+        raise TrainError(f"validation: the data loader failed: {error!r}") from error
