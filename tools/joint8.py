@@ -4,9 +4,10 @@
 
 Makes eight tasks from the quickstart's pictures and scikit-learn's, each with splits train, val and
 test of different concepts, digits or halves of a photograph, and a control set of what the model
-was trained for. Then only calls the commands: `clip-finetune train --recipe joint-8`, scaled down,
-and `clip-finetune curve`, which chooses alpha on val and reports test. A step whose result is there
-is skipped.
+was trained for. Each is a task to patch in PAINT's sense (arXiv 2208.05592, section 3): a linear
+probe beats zero-shot by over ten points. Then only calls the commands: `clip-finetune train
+--recipe joint-8`, scaled down, and `clip-finetune curve`, which chooses alpha on val and reports
+test. A step whose result is there is skipped.
 """
 
 import json
@@ -20,13 +21,12 @@ from typing import Any
 
 import click
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 
 SIZE = 72  # pixels, the demo's
 SPLITS = ("train", "val", "test")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TURNS = ("upright", "turned left", "upside down", "turned right")
 STYLES = {
     "twemoji": "flat drawing",
     "openmoji": "drawing with dark outlines",
@@ -34,13 +34,13 @@ STYLES = {
     "openmoji-lines": "drawing of lines alone",
 }
 PROMPTS = {
-    "categories": "an emoji of {c}",
+    "negatives": "an emoji of {c}",
+    "sideways": "an emoji of {c}",
+    "specks": "an emoji of {c}",
+    "blurs": "an emoji of {c}",
     "styles": "a {c}",
-    "colours": "an emoji in {c}",
-    "sizes": "a {c} emoji",
     "counts": "{c} emoji in one picture",
     "digits": "the number {c}",
-    "digits-turned": "a number that is {c}",
     "photos": "a photo of a {c}",
     "control": "an emoji of {c}",
 }
@@ -64,12 +64,27 @@ def emoji(demo: Path, style: str, name: str) -> Image.Image | None:
     return Image.open(file).convert("RGB") if file.exists() else None
 
 
+def speck(drawing: Image.Image) -> Image.Image:
+    """A third as wide and as high, in the middle."""
+    sheet = Image.new("RGB", (SIZE, SIZE), "white")
+    sheet.paste(drawing.resize((SIZE // 3, SIZE // 3)), (SIZE // 3, SIZE // 3))
+    return sheet
+
+
+CHANGES = {
+    "negatives": ImageOps.invert,
+    "sideways": lambda drawing: drawing.rotate(90),
+    "specks": speck,
+    "blurs": lambda drawing: drawing.filter(ImageFilter.GaussianBlur(5)),
+}
+
+
 def pictures(task: str, demo: Path) -> Iterator[Picture]:
     """Every picture of a task."""
     if task == "photos":
         yield from photos()
-    elif task.startswith("digits"):
-        yield from digits(turned=task == "digits-turned")
+    elif task == "digits":
+        yield from digits()
     else:
         rows = list(concepts(demo))
         for number, (split, category, name) in enumerate(rows):
@@ -82,25 +97,17 @@ def drawn(
     task: str, demo: Path, rows: list[tuple[str, str, str]], number: int, category: str, name: str
 ) -> Iterator[tuple[str, Image.Image | None]]:
     """(class, picture) of one concept."""
-    if task == "categories":  # by artists whose colours training never saw
-        for style in ("openmoji", "noto"):
-            yield category, emoji(demo, style, name)
-    elif task == "control":
+    if task == "control":  # the last two by artists whose colours training never saw
         if rows[number][0] != "train":
-            for style in ("twemoji", "twemoji-inked", "twemoji-lines"):
+            for style in ("twemoji", "twemoji-inked", "twemoji-lines", "openmoji", "noto"):
                 yield category, emoji(demo, style, name)
+    elif task in CHANGES:
+        for style in ("twemoji", "openmoji", "noto"):
+            drawing = emoji(demo, style, name)
+            yield category, drawing and CHANGES[task](drawing)
     elif task == "styles":
         style = list(STYLES)[number % len(STYLES)]
         yield STYLES[style], emoji(demo, style, name)
-    elif task == "colours":
-        drawing = emoji(demo, "twemoji", name)
-        negative = drawing and ImageOps.invert(drawing)
-        yield ("negative colours", negative) if number % 2 else ("true colours", drawing)
-    elif task == "sizes":
-        drawing, sheet = emoji(demo, "twemoji", name), Image.new("RGB", (SIZE, SIZE), "white")
-        if drawing is not None:
-            sheet.paste(drawing.resize((SIZE // 3, SIZE // 3)), (SIZE // 3, SIZE // 3))
-        yield ("small", drawing and sheet) if number % 2 else ("large", drawing)
     else:
         yield NUMBERS[1 + number % 4], counted(demo, rows, number)
 
@@ -117,16 +124,13 @@ def counted(demo: Path, rows: list[tuple[str, str, str]], number: int) -> Image.
     return sheet
 
 
-def digits(turned: bool) -> Iterator[Picture]:
+def digits() -> Iterator[Picture]:
     data = load_digits()
     for number, (pixels, digit) in enumerate(zip(data.images, data.target, strict=True)):
         split = SPLITS[min(2, number // 800)] if number < 1200 else "test"
         grey = Image.fromarray(np.clip(pixels * 16, 0, 255).astype(np.uint8))
         picture = grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
-        if turned:
-            yield split, TURNS[number % 4], picture.rotate(90 * (number % 4))
-        else:
-            yield split, NUMBERS[digit], picture
+        yield split, NUMBERS[digit], picture
 
 
 def photos() -> Iterator[Picture]:
@@ -207,8 +211,9 @@ def main(
     call("train", model, tuned, "--recipe", "joint-8", *tasks, *options, "--seed", seed,
          "--workers", 1)  # fmt: skip
     ids = [word for task in TASKS for word in ("--id", sets[task])]
+    # half of the point that patching may cost: on so few pictures val is off by as much
     curve = call("curve", model, tuned, out / "curve", *ids, "--control", sets["control"],
-                 "--workers", 1)  # fmt: skip
+                 "--max-loss", 0.5, "--workers", 1)  # fmt: skip
     points = {point["alpha"]: point["test"]["sets"] for point in curve["points"]}
     alpha = curve["chosen"]["alpha"]
     table = {
@@ -222,7 +227,7 @@ def main(
     for name, row in table.items():
         figures = "  ".join(f"{what} {share:5.1f}%" for what, share in row.items())
         print(f"{name:<20} {figures}", file=sys.stderr)
-    lost = table["control"]["zero-shot"] - table["control"]["patched"]
+    control = [points[a]["control"]["accuracy"] for a in (0.0, alpha)]
     improved = [table[t]["patched"] > table[t]["zero-shot"] for t in TASKS]
     tuned_better = [table[t]["fine-tuned"] > table[t]["zero-shot"] for t in TASKS]
     report = {
@@ -230,7 +235,7 @@ def main(
         "accuracy": table,
         "fine_tuned_tasks_improved": sum(tuned_better),
         "patched_tasks_improved": sum(improved),
-        "control_points_lost": round(lost, 1),
+        "control_points_lost": in_points(control[0] - control[1]),
     }
     click.echo(json.dumps(report))
 

@@ -49,7 +49,8 @@ def test_joint_tasks_and_patching(tmp_path: Path):
     ):
         assert count == sum(table[name][what] > table[name]["zero-shot"] for name in tasks)
     control = table["control"]
-    assert report["control_points_lost"] == round(control["zero-shot"] - control["patched"], 1)
+    lost = control["zero-shot"] - control["patched"]  # of rounded figures
+    assert report["control_points_lost"] == pytest.approx(lost, abs=0.11)
     assert (out / "curve" / "curve.png").is_file()
     assert {path.name for path in (out / "sets").iterdir()} == table.keys()
     base, tuned = load_model(tmp_path / "run" / "model"), load_model(out / "tuned")
@@ -65,8 +66,8 @@ def test_joint_tasks_and_patching(tmp_path: Path):
     curve = json.loads((out / "curve" / "curve.json").read_text())
     assert len(curve["id"]) == 8
     start, chosen = curve["points"][0]["validation"], curve["chosen"]["validation"]
-    lost = [point["sets"]["control"]["accuracy"] for point in (start, chosen)]
-    assert lost[0] - lost[1] <= 0.01
+    before, after = (point["sets"]["control"]["accuracy"] for point in (start, chosen))
+    assert before - after <= 0.005
     digits = open_set(out / "sets" / "digits", "train")
     assert len(digits) == 9
     assert "seven" in digits.class_names
