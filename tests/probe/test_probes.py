@@ -163,9 +163,9 @@ def test_heads_are_judged_as_they_arrive(monkeypatch: pytest.MonkeyPatch) -> Non
         held.append(sum(reference() is not None for reference in seen))
         return _correct(head, rows)
 
-    def counted(data: list[Rows], *rest: Any) -> list[Fit]:
+    def counted(data: list[Rows], *rest: Any, **options: Any) -> list[Fit]:
         fitted.append(len(data))
-        return fit_grids(data, *rest)
+        return fit_grids(data, *rest, **options)
 
     monkeypatch.setattr("clip_probe.probes._correct", judged)
     monkeypatch.setattr("clip_probe.probes.fit_grids", counted)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from clip_models import load_model, save_model
+from clip_models import load_head, load_model, save_model
 from clip_probe import ProbeError
 from clip_probe.probes import GRID, find_probes
 from clip_probe.sweeps import sweep
@@ -184,6 +184,18 @@ def test_scikit_learn_as_solver_gives_the_same_result(run: Run, model: Path, dig
     assert ours["full"]["val_acc1"][:9] == pytest.approx(theirs["full"]["val_acc1"][:9], abs=0.011)
 
 
+def test_a_loose_tolerance_stops_further_from_the_optimum(
+    run: Run, model: Path, digits: Path
+) -> None:
+    arguments = ("sweep", model, digits, "--val-split", "val", "--shots", "")
+    heads = []
+    for name, tolerance in (("tight", 1e-9), ("usual", 1e-7), ("loose", 0.1)):
+        (result,) = run(*arguments, "--tolerance", tolerance, "--save-head", name)
+        assert result["tolerance"] == tolerance
+        heads.append(load_head(model, name).weight)
+    assert (heads[2] - heads[0]).norm() > 10 * (heads[1] - heads[0]).norm()
+
+
 @pytest.mark.parametrize(("rename", "left"), [(1, 3), (3, 1), (6, 1)])
 def test_killed_and_continued_gives_the_same_files(
     run: Run,
@@ -204,7 +216,7 @@ def test_killed_and_continued_gives_the_same_files(
     assert not (again / "sweep.json").exists()
     if rename > 1:
         line = fail(*arguments, "--output", again, "--solver", "adam")
-        assert "differs in solver, grid" in line
+        assert "differs in solver, tolerance, grid" in line
 
     fits: list[int] = []
 
@@ -270,6 +282,8 @@ def test_features_that_are_not_finite(
         ({"shots": [0, 4]}, r"shots \[0, 4\]: expected a list of whole numbers from 1 on"),
         ({"shots": 16}, "shots 16: expected a list"),
         ({"seeds": 0}, "seeds 0: expected a whole number"),
+        ({"tolerance": 0.0}, "tolerance 0.0: expected a number between 0 and 1"),
+        ({"tolerance": 1e-4, "solver": "adam"}, "--tolerance is that of --solver lbfgs"),
     ],
 )
 def test_options_that_are_none(

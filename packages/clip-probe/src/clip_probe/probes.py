@@ -14,6 +14,7 @@ How a setting is chosen, never on a test split unless the paper's protocol is as
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from clip_probe.adam import AdamSetting, fit_adam
 from clip_probe.draws import Rows, Task
-from clip_probe.solver import fit_grids
+from clip_probe.solver import TOLERANCE, fit_grids
 
 Solver = Literal["lbfgs", "sklearn", "adam"]
 Heads = tuple[Tensor, Tensor]  # weight [G, C, D] and bias [G, C], float32
@@ -65,13 +66,20 @@ class Probe:
         return F.linear(F.normalize(features_ND, dim=-1), self.weight, self.bias)
 
 
-def method_of(solver: Solver, *, paper: bool = False, start: Heads | None = None) -> Method:
+def method_of(
+    solver: Solver,
+    *,
+    tolerance: float = TOLERANCE,
+    paper: bool = False,
+    start: Heads | None = None,
+) -> Method:
     """The solver with its grid; `start`: weight [C, D] and bias [C] for AdamW to start from.
 
-    `paper` is the paper's grid (section 4.3): Adam, no weight decay.
+    `tolerance` is that of `fit_grids`. `paper` is the paper's grid (section 4.3): Adam, no weight
+    decay.
     """
     if solver == "lbfgs":
-        return Method(GRID, 1.0, _fit_lbfgs)
+        return Method(GRID, 1.0, partial(_fit_lbfgs, tolerance))
     if solver == "sklearn":
         return Method(GRID, 1.0, _fit_sklearn)
     decays = (0.0,) if paper else DECAYS
@@ -174,15 +182,14 @@ def _fit(
 
 
 def _fit_lbfgs(
-    data: Sequence[Rows], present_P: Tensor, grids: Sequence[Sequence[float]]
+    tolerance: float, data: Sequence[Rows], present_P: Tensor, grids: Sequence[Sequence[float]]
 ) -> Iterator[Fitted]:
     weights = len(present_P) * data[0].features.shape[1] * max(map(len, grids))
     at_once = max(1, HELD // weights)
     for start in range(0, len(data), at_once):
         some = slice(start, start + at_once)
-        for fit, grid in zip(
-            fit_grids(data[some], len(present_P), grids[some]), grids[some], strict=True
-        ):
+        fits = fit_grids(data[some], len(present_P), grids[some], tolerance=tolerance)
+        for fit, grid in zip(fits, grids[some], strict=True):
             unfinished = [c for c, ok in zip(grid, fit.converged.tolist(), strict=True) if not ok]
             if unfinished:
                 logger.warning("the probes with C = %s stopped short of the optimum", unfinished)

@@ -25,6 +25,7 @@ from torch import Tensor
 from clip_probe.errors import ProbeError
 from clip_probe.lbfgs import Problems, Sample
 
+TOLERANCE = 1e-7
 MAX_WEIGHTS = 2**20  # of the problems solved at once
 SMALL = 2**20  # logits; below, one thread
 
@@ -45,7 +46,7 @@ def fit_grid(
     classes: int,
     grid: Sequence[float],
     *,
-    tolerance: float = 1e-7,
+    tolerance: float = TOLERANCE,
     max_iterations: int = 3000,
 ) -> Fit:
     """Fit one logistic regression per C in `grid`, all over the same data: see `fit_grids`."""
@@ -64,7 +65,7 @@ def fit_grids(
     classes: int,
     grids: Sequence[Sequence[float]],
     *,
-    tolerance: float = 1e-7,
+    tolerance: float = TOLERANCE,
     max_iterations: int = 3000,
 ) -> list[Fit]:
     """Fit one logistic regression per C on each set of rows (draws, folds), all together.

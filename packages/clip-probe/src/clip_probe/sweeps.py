@@ -24,6 +24,7 @@ from clip_probe.features import EncodeOptions, encode
 from clip_probe.metrics import Scores, score
 from clip_probe.predictions import predict, write_predictions
 from clip_probe.probes import Method, Probe, Solver, find_probes, method_of
+from clip_probe.solver import TOLERANCE
 from clip_probe.sweep_files import SweepFiles
 
 Start = Literal["random", "zero-shot"]
@@ -49,6 +50,7 @@ def sweep(
     feature: Feature = "post",
     seeds: int = 3,
     solver: Solver = "lbfgs",
+    tolerance: float = TOLERANCE,
     start: Start = "random",
     paper: bool = False,
     templates: str | None = None,
@@ -71,7 +73,7 @@ def sweep(
         ModelError: class names are missing, or a template has no {c}.
     """
     solver = "adam" if paper else solver
-    check_options(shots, feature, seeds, solver, start, paper, val_split, head_name)
+    check_options(shots, feature, seeds, solver, tolerance, start, paper, val_split, head_name)
     names = {"train": train_split, "val": val_split, "test": test_split}
     splits = {
         role: open_split(dataset, name, class_names=classnames)
@@ -80,7 +82,7 @@ def sweep(
     }
     train, test, classes = splits["train"], splits["test"], len(splits["train"].class_names)
     check_shots(train, torch.tensor(train.labels), shots)
-    method = method_of(solver, paper=paper)
+    method = method_of(solver, tolerance=tolerance, paper=paper)
     towers = json.dumps(model.config.to_dict(), sort_keys=True)
     prompted = templates or (test.path / "zeroshot_classification_templates.txt").is_file()
     prompts = read_templates(templates or test.path) if prompted else None
@@ -96,6 +98,7 @@ def sweep(
         "shots": list(shots),
         "seeds": seeds,
         "solver": solver,
+        "tolerance": tolerance if solver == "lbfgs" else None,
         "start": start,
         "grid": [method.describe(setting) for setting in method.settings],
         "choice": PAPER if paper else BY_VAL if val_split else WITHOUT_VAL,
@@ -227,6 +230,7 @@ def check_options(
     feature: str = "post",
     seeds: Any = 1,
     solver: str = "lbfgs",
+    tolerance: Any = TOLERANCE,
     start: str = "random",
     paper: bool = False,
     val_split: str | None = None,
@@ -250,6 +254,10 @@ def check_options(
         raise ProbeError(f"shots {shots!r}: expected a list of whole numbers from 1 on")
     if not _is_count(seeds):
         raise ProbeError(f"seeds {seeds!r}: expected a whole number from 1 on")
+    if not isinstance(tolerance, float) or not 0 < tolerance < 1:
+        raise ProbeError(f"tolerance {tolerance!r}: expected a number between 0 and 1")
+    if tolerance != TOLERANCE and (solver != "lbfgs" or paper):
+        raise ProbeError("--tolerance is that of --solver lbfgs")
     if paper and val_split:
         raise ProbeError("--paper chooses on the test split: leave --val-split out")
     if start == "zero-shot" and ((solver != "adam" and not paper) or feature != "post"):
