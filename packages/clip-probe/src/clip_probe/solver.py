@@ -25,7 +25,7 @@ from torch import Tensor
 from clip_probe.errors import ProbeError
 from clip_probe.lbfgs import Problems, Sample
 
-TOLERANCE = 1e-7
+TOLERANCE = 1e-7  # of `fit_grids`, and of the command, which must not import this to say so
 MAX_WEIGHTS = 2**20  # of the problems solved at once
 SMALL = 2**20  # logits; below, one thread
 
