@@ -118,14 +118,15 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         """Every token attends: [T, D] -> [T, D]."""
-        qkv = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         if isinstance(layout, Dense):
-            y_TD = _attend(qkv, layout.length, self.heads, layout.causal)
-        elif _has_varlen(qkv):
-            q, k, v = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)
-            y_TD = _attend_varlen(q, k, v, layout.bounds_S1, layout.longest, layout)
+            sequences = len(x_TD) // layout.length
+            y_TD = _attend(q, k, v, sequences, self.heads, causal=layout.causal)
+        elif _has_varlen(q):
+            bounds_S1, longest = layout.bounds_S1, layout.longest
+            y_TD = _attend_varlen(q, k, v, bounds_S1, longest, layout, self.heads)
         else:
-            y_TD = _attend_groups(qkv, layout, self.heads)
+            y_TD = _attend_groups(q, k, v, layout, self.heads, causal=True)
         return cast(Tensor, self.out_proj(y_TD))
 
     def pooled(self, x_TD: Tensor, layout: Layout) -> Tensor:
@@ -136,17 +137,15 @@ class Attention(nn.Module):
         width = x_TD.shape[-1]
         w_q, w_kv = self.in_proj_weight.split([width, 2 * width])
         b_q, b_kv = self.in_proj_bias.split([width, 2 * width])
-        q_SD = F.linear(x_TD[layout.pooled_S], w_q, b_q)
-        kv = F.linear(x_TD, w_kv, b_kv)
+        q = F.linear(x_TD[layout.pooled_S], w_q, b_q)
+        k, v = F.linear(x_TD, w_kv, b_kv).chunk(2, dim=-1)
         if isinstance(layout, Dense):
-            y_SD = _attend_pooled(q_SD, kv, layout.length, self.heads)
-        elif _has_varlen(kv):
-            k, v = kv.view(len(kv), 2, self.heads, -1).unbind(1)
-            q = q_SD.view(len(q_SD), self.heads, -1)
-            ones_S1 = torch.arange(len(q_SD) + 1, device=kv.device, dtype=torch.int32)
-            y_SD = _attend_varlen(q, k, v, ones_S1, 1, layout)
+            y_SD = _attend(q, k, v, len(q), self.heads, causal=False)
+        elif _has_varlen(q):
+            ones_S1 = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32)
+            y_SD = _attend_varlen(q, k, v, ones_S1, 1, layout, self.heads)
         else:
-            y_SD = _attend_pooled_groups(q_SD, kv, layout, self.heads)
+            y_SD = _attend_groups(q, k, v, layout, self.heads, causal=False)
         return cast(Tensor, self.out_proj(y_SD))
 
 
@@ -155,59 +154,44 @@ def _has_varlen(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
+# Queries, keys and values are [rows, D], a row a query or token: q [T, D] or, of the pooled tokens
+# alone, [S, D]; k and v [T, D]. So is the result, a row a query.
+
+
 def _attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, bounds_S1: Tensor, longest: int, layout: Packed
+    q: Tensor, k: Tensor, v: Tensor, bounds_S1: Tensor, longest: int, layout: Packed, heads: int
 ) -> Tensor:
-    """Queries [T or S, H, K], lying within `bounds_S1`, on keys and values [T, H, K]."""
+    """Queries that lie within `bounds_S1`."""
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler: seconds
 
     # a query alone is the last of its sequence and sees all of it
     window = (-1, 0) if longest > 1 else (-1, -1)
+    q, k, v = (x.view(len(x), heads, -1) for x in (q, k, v))
     k_bounds, k_longest = layout.bounds_S1, layout.longest
     y = varlen_attn(q, k, v, bounds_S1, k_bounds, longest, k_longest, window_size=window)
     return cast(Tensor, y).flatten(1)
 
 
-def _split_heads(x_TD: Tensor, length: int, heads: int, parts: int) -> tuple[Tensor, ...]:
-    """[S * L, parts * D] -> parts views [S, H, L, K]"""
-    x = x_TD.view(-1, length, parts, heads, x_TD.shape[-1] // (parts * heads))
-    return x.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _attend(qkv: Tensor, length: int, heads: int, causal: bool) -> Tensor:
-    """[S * L, 3 D] -> [S * L, D]"""
-    q, k, v = _split_heads(qkv, length, heads, 3)
-    y_SHLK = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return y_SHLK.transpose(1, 2).reshape(len(qkv), -1)
-
-
-def _attend_pooled(q_SD: Tensor, kv: Tensor, length: int, heads: int) -> Tensor:
-    """One query a sequence: [S, D] and [S * L, 2 D] -> [S, D]"""
-    (q,) = _split_heads(q_SD, 1, heads, 1)
-    k, v = _split_heads(kv, length, heads, 2)
-    return F.scaled_dot_product_attention(q, k, v).reshape(len(q_SD), -1)
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: int, heads: int, *, causal: bool) -> Tensor:
+    """Sequences of one length, with all their tokens as queries, or one of each."""
+    width = q.shape[-1] // heads
+    q_SHLK, k, v = (x.view(sequences, -1, heads, width).transpose(1, 2) for x in (q, k, v))
+    y_SHLK = F.scaled_dot_product_attention(q_SHLK, k, v, is_causal=causal)
+    return y_SHLK.transpose(1, 2).reshape(q.shape)
 
 
 # Without varlen attention: once for each distinct length, on views of the rows. Kept out of
 # torch.compile, which would compile anew for every batch's lengths.
 @eager
-def _attend_groups(qkv: Tensor, layout: Packed, heads: int) -> Tensor:
-    rows = qkv.split([count * length for count, length in layout.groups])
-    parts = [
-        _attend(part, length, heads, causal=True)
-        for part, (_, length) in zip(rows, layout.groups, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@eager
-def _attend_pooled_groups(q_SD: Tensor, kv: Tensor, layout: Packed, heads: int) -> Tensor:
-    queries = q_SD.split([count for count, _ in layout.groups])
-    rows = kv.split([count * length for count, length in layout.groups])
-    parts = [
-        _attend_pooled(q, part, length, heads)
-        for q, part, (_, length) in zip(queries, rows, layout.groups, strict=True)
-    ]
+def _attend_groups(
+    q: Tensor, k: Tensor, v: Tensor, layout: Packed, heads: int, *, causal: bool
+) -> Tensor:
+    """Packed sequences, with all their tokens as queries (causal), or the last of each."""
+    counts = [count for count, _ in layout.groups]
+    tokens = [count * length for count, length in layout.groups]
+    queries = tokens if causal else counts
+    rows = zip(q.split(queries), k.split(tokens), v.split(tokens), counts, strict=True)
+    parts = [_attend(*row, heads, causal=causal) for row in rows]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

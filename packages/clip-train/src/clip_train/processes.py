@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 TIMEOUT = timedelta(minutes=10)  # for any collective: a lost process ends the run, never hangs it
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def start_processes(config: TrainConfig) -> Accelerator:
@@ -68,6 +69,8 @@ def start_processes(config: TrainConfig) -> Accelerator:
         # it sets OMP_NUM_THREADS to 1, for GPUs; a CPU that trains alone needs all
         if accelerator.device.type == "cpu":
             torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
     engines = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in engines:
         raise TrainError(
@@ -82,6 +85,17 @@ def _live_with_the_launcher() -> None:
     """`accelerate launch` passes no signal on: when it ends, let this process save and stop."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _keep_freed_memory() -> None:
+    """Let a step find its gradients' memory where the last step left it.
+
+    glibc gives large blocks back to the system, which clears every page of them once more.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _warn_of_unused_settings(config: TrainConfig) -> None:
