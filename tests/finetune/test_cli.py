@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from clip_finetune.cli import main
 from clip_finetune.config import CurveConfig, TrainConfig
 from clip_finetune.recipes import RECIPES
-from clip_models import fingerprint_of, list_heads
+from clip_models import Preprocess, fingerprint_of, list_heads
 
 from .conftest import metrics, weights
 
@@ -198,3 +199,19 @@ def test_sigterm_exits_with_3(base: Path, digits_set: Path, tmp_path: Path):
     assert result["status"] == "stopped"
     assert result["step"] == metrics.read_text().count("\n")
     assert (tmp_path / "out.state/state.pt").is_file()
+
+
+def test_a_dead_worker_is_one_line(
+    base: Path,
+    digits_set: Path,
+    inverted_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Preprocess, "eval", killed)
+    sets = ["--id", digits_set, "--ood", inverted_set, "--workers", 1]
+    error = run("curve", base, base, tmp_path / "curve", *sets, status=1)
+    assert "Error: a process that decodes images was lost" in error

@@ -1,13 +1,18 @@
 """Help for everything, at no cost; public names."""
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 import clip_probe
 import pytest
 from click.testing import CliRunner
+from clip_models import Preprocess
 from clip_probe.cli import main
 
 
@@ -59,3 +64,13 @@ def test_public_names() -> None:
         assert callable(value), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         clip_probe.nothing  # noqa: B018
+
+
+def test_a_dead_worker_is_one_line(
+    fail: Callable[..., str], model_dir: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Preprocess, "eval", killed)
+    assert "--workers" in fail("zeroshot", model_dir, digits, "--workers", 1)

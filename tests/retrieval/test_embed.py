@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from clip_models import load_model
+from clip_models import Preprocess, load_model
 from clip_retrieval import Index, RetrievalError, build_index, embed_source
 from clip_retrieval.cli import main
 from clip_retrieval.embed import embed_texts
@@ -201,3 +202,16 @@ def test_two_processes(embedded: Path, model: Path, shards: Path, tmp_path: Path
     for file in embedded.rglob("*.npy"):
         same = np.load(out / file.relative_to(embedded)).astype(np.float32)
         np.testing.assert_allclose(same, np.load(file).astype(np.float32), atol=1e-3)
+
+
+def test_a_dead_worker_is_one_line(
+    model: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Preprocess, "eval", killed)
+    arguments = ["embed", str(model), str(shards), str(tmp_path / "out"), "--workers", "1"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "Error: a process that decodes images was lost" in result.stderr

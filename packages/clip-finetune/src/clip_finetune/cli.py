@@ -29,6 +29,13 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (FinetuneError, ModelError, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise click.ClickException(
+                f"a process that decodes images was lost ({error}); if memory ran out, ask for "
+                "fewer --workers or a smaller --batch-size, and run this again"
+            ) from error
 
 
 def _options_of(config: type) -> Callable[[_Command], _Command]:

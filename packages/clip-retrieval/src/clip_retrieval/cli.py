@@ -32,6 +32,13 @@ class _Tool(click.Group):
             raise
         except (RetrievalError, ModelError, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise click.ClickException(
+                f"a process that decodes images was lost ({error}); if memory ran out, ask for "
+                "fewer --workers or a smaller --batch-size, and run this again"
+            ) from error
 
 
 @click.group(cls=_Tool)
