@@ -364,6 +364,18 @@ def test_queries_during_changes(index: Path, more: Path) -> None:
     assert len(opened) == 40
 
 
+def test_a_change_while_an_index_is_opened(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memmap, keys = np.memmap, iter([training_sample(0, 0)[0]])
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        if key := next(keys, None):
+            remove(index, [key])
+        return memmap(*arguments, **options)
+
+    monkeypatch.setattr(np, "memmap", late)
+    assert len(Index(index)) == 39
+
+
 def test_shards_of_the_first_build_are_known(index: Path, model: Path, tmp_path: Path) -> None:
     other = make_shards(tmp_path / "other", (3,))
     append(model, other, index, workers=0)

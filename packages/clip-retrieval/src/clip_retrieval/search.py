@@ -78,7 +78,7 @@ class Index:
             try:
                 self._open(generation(path, self.facts), device)
                 return
-            except RetrievalError:
+            except (RetrievalError, FileNotFoundError):
                 before, self.facts = self.facts, read_facts(path)
                 if before["generation"] == self.facts["generation"]:  # not replaced meanwhile
                     raise
