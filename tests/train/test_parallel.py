@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from clip_models import CLIP, ModelConfig
 from clip_train import TrainConfig
 from clip_train.optimizers import make_optimizer
-from clip_train.processes import distribute
+from clip_train.processes import distribute, leave
 from clip_train.sharding import whole
 from clip_train.step import Stepper
 
@@ -66,6 +66,8 @@ for case in cases:
     found = run(case)
     if rank == 0:
         torch.save(found, folder / (case["name"] + ".pt"))
+accelerator.wait_for_everyone()
+leave(0)
 """
 
 MODEL = {

@@ -1,8 +1,6 @@
 """One of several processes that validate a model, whole and sharded; each writes RANK.json."""
 
 import json
-import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from clip_models import CLIP, Preprocess, Tokenizer, architecture
 from clip_train import TrainConfig
+from clip_train.processes import leave
 from clip_train.sharding import is_sharded, shard
 from clip_train.validate import Validator
 
@@ -55,9 +54,4 @@ if __name__ == "__main__":
     assert all(is_sharded(p) for p in sharded.parameters() if p.ndim)
     (Path(pairs) / f"{subject.accelerator.process_index}.json").write_text(json.dumps(values))
     subject.accelerator.wait_for_everyone()  # no process leaves while another still asks it
-    subject.accelerator.end_training()
-    # FSDP's mesh outlives its groups, and gloo's threads may drop tensors while Python shuts down,
-    # which aborts the process (pytorch/pytorch#179291): seen once in some hundred runs
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(0)
+    leave(0)

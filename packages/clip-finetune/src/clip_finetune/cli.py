@@ -125,12 +125,12 @@ def train(ctx: click.Context, model: Path, out: Path, dry_run: bool, **options: 
         _echo(plan_run(model, config))
         return
     from clip_finetune.loop import train as run
+    from clip_finetune.processes import leave
 
     result = run(model, out, config)
     if os.environ.get("RANK", "0") == "0":  # one JSON for all processes
         _echo(result)
-    if result["status"] == "stopped":
-        raise click.exceptions.Exit(STOPPED)
+    leave(STOPPED if result["status"] == "stopped" else 0)
 
 
 @main.command()

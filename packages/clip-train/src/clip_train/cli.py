@@ -109,9 +109,9 @@ def main(dry_run: bool, **arguments: Any) -> None:
         click.echo(json.dumps(asdict(plan)))
         return
     from clip_train.loop import train
+    from clip_train.processes import leave
 
     summary = train(config)
     if main_process:
         click.echo(json.dumps(asdict(summary)))
-    if summary.status == "stopped":
-        raise click.exceptions.Exit(STOPPED)
+    leave(STOPPED if summary.status == "stopped" else 0)
