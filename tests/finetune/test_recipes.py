@@ -178,6 +178,45 @@ def test_drop_path_of_a_timm_tower(resnet: Path, digits_set: Path, tmp_path: Pat
     assert load_model(tmp_path / "out").config == load_model(resnet).config
 
 
+@pytest.mark.parametrize(
+    ("tower", "changed"),
+    [("base", {"drop_path": 0.5}), ("base", {"method": "flyp"}), ("resnet", {"drop_path": 0.5})],
+)
+def test_checkpointing_changes_memory_alone(
+    tower: str,
+    changed: dict[str, object],
+    digits_set: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+):
+    """The same weights, bit for bit, from fewer activations."""
+    kept: list[int] = []
+
+    def keep(activation: torch.Tensor) -> torch.Tensor:
+        if not isinstance(activation, nn.Parameter):
+            kept[-1] += activation.nbytes
+        return activation
+
+    for checkpointing in (False, True):
+        kept.append(0)
+        settings = config(digits_set, grad_checkpointing=checkpointing, iterations=4, **changed)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda activation: activation):
+            train(request.getfixturevalue(tower), tmp_path / str(checkpointing), settings)
+    assert equal(tmp_path / "False", tmp_path / "True")
+    assert kept[1] < 0.75 * kept[0]  # a small ResNet is mostly stem
+
+
+def test_out_of_memory(
+    base: Path, digits_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Learner, "forward", fail)
+    with pytest.raises(FinetuneError, match=r"out of memory: CUDA.*hold less .*--grad-checkpoint"):
+        train(base, tmp_path / "out", config(digits_set))
+
+
 def test_another_resolution(base: Path, resnet: Path, digits_set: Path, tmp_path: Path):
     """Position embeddings as open_clip resizes them; the directory opens at the new size."""
     loaded = prepare_tower(load_model(base), image_size=24, drop_path=0.0)

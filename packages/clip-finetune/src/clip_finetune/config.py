@@ -88,6 +88,11 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = _option(
         "Arithmetic of the towers; weights and loss stay fp32.", default="fp32"
     )
+    grad_checkpointing: bool = _option(
+        "Keep no activations within blocks: the same result in less memory, for a third more work.",
+        recipe=False,
+        default=False,
+    )
     workers: int = _option("Processes that decode images.", recipe=False, default=4)
     save_every: int = _option(
         "Steps between saves of the train state; 0 for none but SIGTERM's.",

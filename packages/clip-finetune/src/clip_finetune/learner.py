@@ -36,6 +36,8 @@ class Learner(nn.Module):
         clip.requires_grad_(False).eval()
         self.visual: nn.Module = clip.visual
         self.visual.requires_grad_(True).train()
+        if config.grad_checkpointing:
+            clip.set_grad_checkpointing()
         if self.flyp:
             self.text: nn.Module = clip.text
             self.text.requires_grad_(True).train()

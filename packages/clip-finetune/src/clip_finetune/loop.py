@@ -62,7 +62,13 @@ def train(model: Path, out: Path, config: TrainConfig) -> dict[str, Any]:
     accelerator = join_processes()
     trainer = Trainer(model, config, tasks, accelerator, state)
     trainer.resume()
-    status = "trained" if trainer.run() else "stopped"
+    try:
+        status = "trained" if trainer.run() else "stopped"
+    except torch.OutOfMemoryError as error:
+        raise FinetuneError(
+            f"out of memory: {error}; hold less at once: --grad-checkpointing, --precision bf16, "
+            "or more processes"
+        ) from error
     if status == "trained" and accelerator.is_main_process:
         heads = dict(zip(tasks, trainer.heads, strict=True))
         publish(out, trainer.loaded, heads, trainer.learned_state(), state, trainer.summary())
