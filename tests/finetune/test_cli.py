@@ -215,6 +215,27 @@ def test_sigterm_exits_with_3(base: Path, digits_set: Path, tmp_path: Path):
     assert (tmp_path / "out.state/state.pt").is_file()
 
 
+@pytest.mark.slow
+def test_a_lost_process_is_one_line(base: Path, digits_set: Path, tmp_path: Path):
+    options = ["--task", digits_set, "--workers", "0", *FAST, "--iterations", "100000"]
+    command = [*TORCHRUN, "-m", "clip_finetune", "train", base, tmp_path / "out", *options]
+    process = subprocess.Popen(
+        command, env=CPU, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "out.state/metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    for pid in " ".join(task.read_text() for task in tasks).split():
+        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "Error: a process of the run was lost, or does not answer" in error
+    assert "Traceback" not in error.split("torch/distributed/elastic")[0]
+
+
 def test_a_dead_worker_is_one_line(
     base: Path,
     digits_set: Path,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from clip_finetune import FinetuneError, TrainConfig, train
+from clip_finetune.processes import stop_signals
 from clip_finetune.state import TrainState
 from clip_models import load_head
 
@@ -99,6 +100,23 @@ def test_signal_then_continued(base: Path, digits_set: Path, tmp_path, monkeypat
     assert train(base, tmp_path / "out", settings)["status"] == "trained"
     assert equal(tmp_path / "out", tmp_path / "whole")
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+
+
+def test_only_a_later_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch):
+    """torchrun passes on to its children what they got as well."""
+    ended: list[int] = []
+    now = [5.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    with stop_signals() as told:
+        for number in [signal.SIGTERM] * 2 + [signal.SIGINT] * 2:
+            assert callable(signal.getsignal(number))
+            os.kill(os.getpid(), number)
+        assert told.is_set()
+        assert not ended
+        now[0] += 2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT]
 
 
 def test_run_again(base: Path, digits_set: Path, tmp_path: Path):

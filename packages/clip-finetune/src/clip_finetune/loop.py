@@ -23,7 +23,7 @@ from clip_finetune.errors import FinetuneError
 from clip_finetune.identity import refuse_other
 from clip_finetune.learner import Learner
 from clip_finetune.optimizer import learning_rate, make_optimizer, set_rate
-from clip_finetune.processes import distribute, join_processes, stop_signals
+from clip_finetune.processes import distribute, failures_named, join_processes, stop_signals
 from clip_finetune.publish import publish
 from clip_finetune.state import TrainState
 from clip_finetune.tasks import Task, open_tasks
@@ -62,13 +62,8 @@ def train(model: Path, out: Path, config: TrainConfig) -> dict[str, Any]:
     accelerator = join_processes()
     trainer = Trainer(model, config, tasks, accelerator, state)
     trainer.resume()
-    try:
+    with failures_named():
         status = "trained" if trainer.run() else "stopped"
-    except torch.OutOfMemoryError as error:
-        raise FinetuneError(
-            f"out of memory: {error}; hold less at once: --grad-checkpointing, --precision bf16, "
-            "or more processes"
-        ) from error
     if status == "trained" and accelerator.is_main_process:
         heads = dict(zip(tasks, trainer.heads, strict=True))
         publish(out, trainer.loaded, heads, trainer.learned_state(), state, trainer.summary())

@@ -1,10 +1,12 @@
 """The processes of a run: joining them, spreading the model, and being told to stop."""
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -75,19 +78,45 @@ def distribute(learner: nn.Module, accelerator: Accelerator, *, partly_used: boo
 
 
 @contextmanager
+def failures_named() -> Generator[None]:
+    """Turn what torch raises where memory runs out, or a process is lost, into a FinetuneError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise FinetuneError(
+            f"out of memory: {error}; hold less at once: --grad-checkpointing, --precision bf16, "
+            "or more processes"
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/" not in str(error):
+            raise
+        raise FinetuneError(
+            f"a process of the run was lost, or does not answer ({str(error).splitlines()[0]}); "
+            "run this again to continue from the last save"
+        ) from error
+
+
+@contextmanager
 def stop_signals() -> Generator[threading.Event]:
     """An event that SIGTERM, SIGUSR1 (Slurm's) and Ctrl-C set, instead of breaking into a step.
 
-    A second one ends the process at once.
+    A later Ctrl-C ends the process at once. Only a later one, and no second SIGTERM: launchers pass
+    on to each process what it got itself.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
+    asked = math.inf
 
     def request(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if number == signal.SIGINT and now - asked > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
+        asked = now
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     previous = {number: signal.signal(number, request) for number in numbers}
