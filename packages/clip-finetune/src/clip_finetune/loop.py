@@ -45,7 +45,8 @@ def train(model: Path, out: Path, config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         FinetuneError: see `open_tasks`; also a loss that is not finite, more than 5% corrupt
-            images, and an `out` or a train state of another run, or that cannot become a folder.
+            images, and an `out` or a train state of another run, or that cannot become a folder;
+            memory that runs out, and a process that is lost.
         ModelError: from the model directory.
     """
     if not out.name or (out.is_symlink() and not out.exists()):
