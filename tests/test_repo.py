@@ -1,9 +1,11 @@
 """What the repository promises as a whole."""
 
 import ast
+import os
 import subprocess
 import sys
 from importlib.metadata import requires
+from importlib.metadata import version as distribution_version
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,26 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize("tool", ["clip-train", "clip-retrieval", "clip-probe", "clip-finetune"])
+@pytest.mark.parametrize(("processes", "end"), [("1", "shut down\n"), ("2", "")])
+def test_several_processes_end_without_shutdown(tool: str, processes: str, end: str) -> None:
+    """In which gloo's threads may abort them."""
+    code = f"""
+import atexit
+from {tool.replace("-", "_")}.cli import main
+atexit.register(print, "shut down")
+main(["--version"])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=os.environ | {"WORLD_SIZE": processes},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    version, rest = result.stdout.split("\n", 1)
+    assert version.endswith(f"version {distribution_version(tool)}")
+    assert rest == end
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -159,20 +159,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
 CPU = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("processes", "said"), [("1", "all\nshut down\n"), ("2", "all\n")])
-def test_leaving(processes: str, said: str):
-    """One of several does not go through Python's shutdown, where gloo's threads may abort it."""
-    code = (
-        "import atexit; from clip_finetune.processes import leave\n"
-        "atexit.register(print, 'shut down'); print('all'); leave(3)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"WORLD_SIZE": processes},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (3, said), done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["end-to-end", "flyp"])
 def test_two_processes_are_one(

@@ -17,10 +17,10 @@ import sys, json
 from pathlib import Path
 import open_clip, torch
 from accelerate import Accelerator
-from clip_models import CLIP, ModelConfig
+from clip_models import CLIP, ModelConfig, without_shutdown
 from clip_train import TrainConfig
 from clip_train.optimizers import make_optimizer
-from clip_train.processes import distribute, leave
+from clip_train.processes import distribute
 from clip_train.sharding import whole
 from clip_train.step import Stepper
 
@@ -62,12 +62,12 @@ def run(case):
     found |= {name: whole(p).detach() for name, p in model.named_parameters()}
     return found
 
-for case in cases:
-    found = run(case)
-    if rank == 0:
-        torch.save(found, folder / (case["name"] + ".pt"))
-accelerator.wait_for_everyone()
-leave(0)
+with without_shutdown():
+    for case in cases:
+        found = run(case)
+        if rank == 0:
+            torch.save(found, folder / (case["name"] + ".pt"))
+    accelerator.wait_for_everyone()
 """
 
 MODEL = {

@@ -85,17 +85,6 @@ def test_stops_with_its_launcher(data: Path, tmp_path: Path) -> None:
     assert newest_state(tmp_path / "run") is not None
 
 
-@pytest.mark.parametrize(("processes", "said"), [(1, "all\nshut down\n"), (2, "all\n")])
-def test_leaving(processes: int, said: str) -> None:
-    """One of several does not go through Python's shutdown, where gloo's threads may abort it."""
-    code = (
-        "import atexit; from clip_train.processes import leave\n"
-        "atexit.register(print, 'shut down'); print('all'); leave(3)"
-    )
-    found = run([sys.executable, "-c", code], WORLD_SIZE=str(processes))
-    assert (found.returncode, found.stdout) == (3, said), found.stderr
-
-
 @pytest.mark.slow
 def test_refuses_processes_that_train_alone(data: Path, tmp_path: Path) -> None:
     """accelerate's --multi_gpu without GPUs starts two that each believe they are alone."""

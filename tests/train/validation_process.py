@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from clip_models import CLIP, Preprocess, Tokenizer, architecture
+from clip_models import CLIP, Preprocess, Tokenizer, architecture, without_shutdown
 from clip_train import TrainConfig
-from clip_train.processes import leave
 from clip_train.sharding import is_sharded, shard
 from clip_train.validate import Validator
 
@@ -45,13 +44,13 @@ def random_model(bias: float | None = None) -> CLIP:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    pairs, labelled = sys.argv[1:]
-    subject = validator(val_data=pairs, zeroshot_data=labelled)
-    whole, sharded = random_model(), random_model()
-    shard(sharded, subject.accelerator.device)
-    values = [subject.run(whole), subject.run(sharded), subject.run(sharded)]
-    assert all(is_sharded(p) for p in sharded.parameters() if p.ndim)
-    (Path(pairs) / f"{subject.accelerator.process_index}.json").write_text(json.dumps(values))
-    subject.accelerator.wait_for_everyone()  # no process leaves while another still asks it
-    leave(0)
+    with without_shutdown():
+        torch.set_num_threads(1)
+        pairs, labelled = sys.argv[1:]
+        subject = validator(val_data=pairs, zeroshot_data=labelled)
+        whole, sharded = random_model(), random_model()
+        shard(sharded, subject.accelerator.device)
+        values = [subject.run(whole), subject.run(sharded), subject.run(sharded)]
+        assert all(is_sharded(p) for p in sharded.parameters() if p.ndim)
+        (Path(pairs) / f"{subject.accelerator.process_index}.json").write_text(json.dumps(values))
+        subject.accelerator.wait_for_everyone()  # no process leaves while another still asks it

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
-from clip_models import ModelError
+from clip_models import ModelError, without_shutdown
 
 from clip_finetune.config import CurveConfig, TrainConfig
 from clip_finetune.errors import FinetuneError
@@ -23,6 +24,10 @@ STOPPED = 3  # exit status after SIGTERM: the state is saved, run the command ag
 
 class _Group(click.Group):
     """Turns expected failures into one line and exit status 1."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with without_shutdown():
+            return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -125,12 +130,12 @@ def train(ctx: click.Context, model: Path, out: Path, dry_run: bool, **options: 
         _echo(plan_run(model, config))
         return
     from clip_finetune.loop import train as run
-    from clip_finetune.processes import leave
 
     result = run(model, out, config)
     if os.environ.get("RANK", "0") == "0":  # one JSON for all processes
         _echo(result)
-    leave(STOPPED if result["status"] == "stopped" else 0)
+    if result["status"] == "stopped":
+        sys.exit(STOPPED)
 
 
 @main.command()

@@ -1,17 +1,14 @@
 """The processes of a run: joining them, spreading the model, and being told to stop."""
 
-import logging
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,20 +44,6 @@ def join_processes() -> Accelerator:
     if launched and found == 1 and accelerator.device.type == "cpu":
         torch.set_num_threads(max(torch.get_num_threads(), os.cpu_count() or 1))
     return accelerator
-
-
-def leave(status: int) -> NoReturn:
-    """End this process; one of several without Python's own shutdown.
-
-    DDP keeps gloo's threads to the end, and a thread that lets go of a tensor while Python shuts
-    down aborts the process, after a run that went well (pytorch/pytorch#179291).
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(status)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def distribute(learner: nn.Module, accelerator: Accelerator, *, partly_used: bool) -> nn.Module:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         save_model,
     )
     from clip_models.preprocess import Preprocess
+    from clip_models.processes import without_shutdown
     from clip_models.profiles import profile
     from clip_models.tokenizer import Tokenizer, tokenizer_for
     from clip_models.weights import fingerprint_of
@@ -54,6 +55,7 @@ _MODULES = {
     "save_head": "heads",
     "save_model": "model_dir",
     "tokenizer_for": "tokenizer",
+    "without_shutdown": "processes",
 }
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "save_head",
     "save_model",
     "tokenizer_for",
+    "without_shutdown",
 ]
 
 

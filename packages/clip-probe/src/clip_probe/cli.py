@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from clip_models import ModelError
+from clip_models import ModelError, without_shutdown
 
 from clip_probe.cli_options import FOLDER, detail_options, encoding_options, load, text_options
 from clip_probe.cli_suite import compare, robustness, suite
@@ -17,6 +17,10 @@ from clip_probe.errors import ProbeError
 
 class _Group(click.Group):
     """Turns the package's expected failures into one line on stderr and exit code 1."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with without_shutdown():
+            return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import click
 from click.core import ParameterSource
-from clip_models import ModelError
+from clip_models import ModelError, without_shutdown
 
 from clip_retrieval.cli_options import (
     DIRECTORY,
@@ -24,6 +24,10 @@ from clip_retrieval.plan import FAMILIES
 
 class _Tool(click.Group):
     """Expected failures become one line and exit status 1; bugs keep their traceback."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with without_shutdown():
+            return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -3,13 +3,14 @@
 import json
 import logging
 import os
+import sys
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
-from clip_models import ModelError
+from clip_models import ModelError, without_shutdown
 
 from clip_train.config import TrainConfig
 from clip_train.errors import TrainError
@@ -20,6 +21,11 @@ STOPPED = 3  # exit code of a run that was asked to stop and saved its state
 
 class TrainCommand(click.Command):
     """Turns expected failures into one line and exit code 1."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command as a program."""
+        with without_shutdown():
+            return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -109,9 +115,9 @@ def main(dry_run: bool, **arguments: Any) -> None:
         click.echo(json.dumps(asdict(plan)))
         return
     from clip_train.loop import train
-    from clip_train.processes import leave
 
     summary = train(config)
     if main_process:
         click.echo(json.dumps(asdict(summary)))
-    leave(STOPPED if summary.status == "stopped" else 0)
+    if summary.status == "stopped":
+        sys.exit(STOPPED)

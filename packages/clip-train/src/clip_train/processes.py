@@ -12,7 +12,7 @@ from datetime import timedelta
 from hashlib import sha256
 from importlib.util import find_spec
 from types import FrameType
-from typing import Any, Literal, NoReturn, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -96,20 +96,6 @@ def _keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def leave(status: int) -> NoReturn:
-    """End this process; one of several without Python's own shutdown.
-
-    DDP and FSDP keep gloo's threads to the end, and a thread that lets go of a tensor while Python
-    shuts down aborts the process, after a run that went well (pytorch/pytorch#179291).
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        sys.exit(status)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _warn_of_unused_settings(config: TrainConfig) -> None:
