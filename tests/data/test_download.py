@@ -199,11 +199,8 @@ def test_answers(server: Server, path: str, expected: bytes | str) -> None:
 
 
 def test_no_answer_in_time(server: Server) -> None:
-    started = time.monotonic()
-    assert (
-        get(f"{server.url}/stall", f"{server.url}/drip", timeout=0.2, retries=1) == ["timeout"] * 2
-    )
-    assert time.monotonic() - started < 2
+    urls = [f"{server.url}/stall", f"{server.url}/drip"]
+    assert get(*urls, timeout=0.2, retries=1) == ["timeout"] * 2
     assert server.seen["/stall"] == 2
 
 
@@ -285,9 +282,7 @@ def test_a_busy_host_is_left_alone(server: Server, wait: str) -> None:
     started = time.monotonic()
     assert get(f"{server.url}/busy/{wait}") == [BODY]
     assert time.monotonic() - started > 0.9  # a date has whole seconds
-    started = time.monotonic()
     assert get(f"{server.url}/busy/3600", f"{server.url}/good", per_host=1) == ["http 429"] * 2
-    assert time.monotonic() - started < 1
     assert server.seen["/good"] == 0
 
 
@@ -402,11 +397,9 @@ def test_hosts_are_forgotten(
 
 def test_stopped_half_way(server: Server) -> None:
     rows = [Row(f"{server.url}/{'good' if n < 2 else 'stall'}") for n in range(50)]
-    started = time.monotonic()
     with closing(UrlReader(DownloadOptions(respect_robots=False)).images(rows)) as reads:
         assert next(reads)() == BODY
         late = [next(reads), next(reads)][1]
-    assert time.monotonic() - started < 0.7
     with pytest.raises(CancelledError):
         late()
     gc.collect()  # asyncio complains of tasks that are destroyed

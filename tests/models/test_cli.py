@@ -98,6 +98,7 @@ def test_public_names_are_these() -> None:
         "save_head",
         "save_model",
         "tokenizer_for",
+        "without_shutdown",
     ]
     for name in clip_models.__all__:
         assert getattr(clip_models, name) is not None

@@ -503,7 +503,7 @@ def test_too_many_uploads_at_once(index: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(serve_requests, "ALL_BODIES", 1)
     with running({"tiny": index}, max_body=1000) as server:
         with begun_request(server, b'{"text": "' + b"x" * 800):
-            time.sleep(0.2)
+            time.sleep(0.5)
             body = json.dumps({"text": "x" * 900}).encode()
             refusal(httpx.post(f"{server.address}/knn-service", content=body), 503)
         assert httpx.post(f"{server.address}/knn-service", json={"text": "cat"}).status_code == 200
@@ -521,13 +521,13 @@ def begun_request(
 
 
 def test_slow_requests(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_requests, "BODY_SECONDS", 0.3)
-    monkeypatch.setattr(serving, "REQUEST_SECONDS", 0.6)
+    monkeypatch.setattr(serve_requests, "BODY_SECONDS", 0.8)
+    monkeypatch.setattr(serving, "REQUEST_SECONDS", 1.2)
     with running({"tiny": index}, max_body=1000) as server:
         with begun_request(server, b'{"text":') as slow_body:
             answer = read_all(slow_body)  # answered, and closed
         assert b" 408 " in answer.splitlines()[0]
-        assert b"did not arrive in 0.3 seconds" in answer
+        assert b"did not arrive in 0.8 seconds" in answer
         with begun_request(server, b"", head=b"GET / HTTP/1.1\r\nHost: loc") as slow_head:
             assert read_all(slow_head) == b""
         with begun_request(server, b"", head=b"") as silent:
@@ -540,7 +540,7 @@ def test_slow_requests(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with httpx.Client(base_url=server.address) as client:
             for _ in range(3):
                 assert ask(client, text="cat")
-                time.sleep(0.4)
+                time.sleep(0.5)
 
 
 def read_all(connection: socket.socket) -> bytes:
