@@ -21,6 +21,7 @@ from clip_models import (
     save_model,
 )
 from clip_models.config import VisionConfig
+from clip_models.image_tower import VisionTransformer
 from clip_models.profiles import profile
 from clip_models.weights import disk_name
 from open_clip.push_to_hf_hub import save_for_hf
@@ -92,6 +93,35 @@ def test_autocast_keeps_open_clips_dtypes(make_model: MakeModel) -> None:
         ):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_gradients_under_autocast_are_float32s() -> None:
+    """As near as bfloat16's eight bits allow; the attention goes back in float32 on a CPU."""
+    images, tokens = inputs(small_config("vit"))
+
+    def run(enabled: bool) -> dict[str, Tensor]:
+        model: CLIP = scattered(small_config("vit")).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            image, text, *_ = model(images, tokens)
+        (image.float() * text.float().roll(1, 0)).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if "logit" not in name}
+        assert all(grad is not None and grad.dtype == torch.float32 for grad in found.values())
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    exact, half = run(False), run(True)
+    for name, gradient in exact.items():
+        gap = (half[name] - gradient).norm() / gradient.norm()
+        assert 0 < gap < 0.05, (name, gap)
+
+
+@pytest.mark.parametrize("size", [32, 37])
+def test_patches_equal_the_convolution(size: int) -> None:
+    """Also where a border is left that no patch covers."""
+    config = replace(small_config("vit").vision_cfg, image_size=size)
+    tower = VisionTransformer(config, embed_dim=16, quick_gelu=False).double()
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    patches = tower.conv1(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tower._embed_patches(images), patches)
 
 
 @pytest.mark.parametrize("kind", ["vit", "vit-quickgelu", "vit-eos", "timm-siglip"])

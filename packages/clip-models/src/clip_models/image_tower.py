@@ -4,11 +4,13 @@ Both have `features(images)`, the pooled features before the projection, and `fo
 the embedding.
 """
 
-# B batch, C channels, N patches + 1, W width of the tower, E embedding
+# B batch, C channels, N patches, one more with the class token, D pixels of a patch, W width of the
+# tower, E embedding
 
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_models.config import VisionConfig
@@ -58,7 +60,7 @@ class VisionTransformer(nn.Module):
                 f"images of shape {tuple(images_BCHW.shape)}; "
                 f"this tower takes [B, 3, {size}, {size}]"
             )
-        x_BNW = self.conv1(images_BCHW).flatten(2).transpose(1, 2)
+        x_BNW = self._embed_patches(images_BCHW)
         batch = x_BNW.shape[0]
         class_token = self.class_embedding.to(x_BNW.dtype).expand(batch, 1, -1)
         x_BNW = torch.cat([class_token, x_BNW], dim=1)
@@ -79,6 +81,15 @@ class VisionTransformer(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """[B, 3, S, S], normalised -> [B, E]"""
         return self.features(images_BCHW) @ self.proj
+
+    def _embed_patches(self, images_BCHW: Tensor) -> Tensor:
+        """`conv1`, whose patches do not overlap, as one product, which is faster."""
+        patch = cast(int, self.config.patch_size)
+        rows = self.config.image_size // patch
+        images_BCHW = images_BCHW[:, :, : rows * patch, : rows * patch]
+        x = images_BCHW.unflatten(3, (rows, patch)).unflatten(2, (rows, patch))
+        patches_BND = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches_BND, self.conv1.weight.flatten(1))
 
     def _drop_patches(self, x_BNW: Tensor) -> Tensor:
         """Keep the class token and a random share of the patches in training (FLIP, 2212.00794)."""
